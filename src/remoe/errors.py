@@ -1,0 +1,42 @@
+"""What a user can get wrong, each with one message: what is wrong, what is allowed, how to fix it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RemoeError(Exception):
+    """A user's mistake or a fault outside this program; the command line prints its message without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(RemoeError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+class DataError(RemoeError, ValueError):
+    """A corpus, dataset or tokenizer that cannot be used as it is."""
+
+
+class CheckpointError(RemoeError):
+    """A checkpoint or run folder that is missing, damaged, or belongs to another model."""
+
+
+class TrainingError(RemoeError):
+    """A run that cannot go on: too many steps in a row without a finite loss, or a device that ran out of room."""
+
+    exit_code = 1
+
+
+class MissingExtraError(RemoeError, ImportError):
+    """An optional library that the called feature needs and that is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed; it comes with: pip install 'remoe[{extra}]'")
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """A ready hint that ends an error message: the nearest allowed word if there is one, else all of them."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"

@@ -1,0 +1,92 @@
+"""Settings of the native model: the `model:` section of a run's config."""
+
+from typing import Any
+
+from remoe.config import check_range, config_class, setting
+from remoe.errors import ConfigError
+from remoe.moe.config import MoEConfig
+
+
+@config_class
+class ReMoEConfig:
+    """A LLaMA-style decoder any of whose layers can be an MoE layer. Defaults are small; recipes hold the papers'."""
+
+    vocab_size: int | None = setting(None, "token ids; null: the tokenizer's")
+    hidden_size: int = setting(256, "width H of the residual stream")
+    num_layers: int = setting(4, "decoder layers L")
+    num_heads: int = setting(4, "attention heads")
+    num_kv_heads: int | None = setting(2, "key/value heads of grouped-query attention; null: num_heads")
+    head_size: int | None = setting(None, "width of one head; null: hidden_size / num_heads")
+    intermediate_size: int = setting(512, "width F of a dense MLP, and of one expert before granularity splits it")
+    num_experts: int = setting(8, "experts E a layer, before granularity")
+    top_k: int = setting(1, "experts k per token, before granularity (an average for ReLU routing)")
+    granularity: int = setting(1, "G: E*G experts of width F/G, k*G active")
+    router: str | dict[str, Any] = setting("relu", "router name, or {name: NAME, option: value, ...}")
+    moe_layers: str | list[int] = setting("all", "all, none (a dense model), or a list of layer indices from 0")
+    tie_embeddings: bool = setting(False, "use the input embedding as the output head too")
+    rope_theta: float = setting(1_000_000.0, "base of the rotary position embedding (ReMoE's scripts)")
+    norm_eps: float = setting(1e-5, "epsilon of RMSNorm (ReMoE's scripts)")
+    init_std: float = setting(0.01, "initial standard deviation; output projections get it divided by sqrt(2L)")
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            check_range(f"model.{key}", getattr(self, key), 1)
+        self._check_heads()
+        self._check_layers()
+        _ = self.moe  # checks the experts' settings
+
+    def _check_heads(self) -> None:
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.num_heads is {self.num_heads}, must divide model.hidden_size = {self.hidden_size}; "
+                "or set model.head_size"
+            )
+        if self.head_width % 2:
+            raise ConfigError(f"model.head_size is {self.head_width}, must be even: rotary embeddings turn pairs")
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads is {self.num_kv_heads}, must divide model.num_heads = {self.num_heads}"
+            )
+
+    def _check_layers(self) -> None:
+        if isinstance(self.moe_layers, str):
+            if self.moe_layers not in ("all", "none"):
+                raise ConfigError(f"model.moe_layers is {self.moe_layers!r}, must be all, none, or a list of layers")
+            return
+        wrong = [layer for layer in self.moe_layers if not 0 <= layer < self.num_layers]
+        if wrong:
+            raise ConfigError(f"model.moe_layers names layer {wrong[0]}, must be between 0 and {self.num_layers - 1}")
+
+    @property
+    def head_width(self) -> int:
+        """Width D of one attention head."""
+        return self.head_size if self.head_size is not None else self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    def is_moe_layer(self, layer_index: int) -> bool:
+        """Whether this layer has experts instead of a dense MLP."""
+        if isinstance(self.moe_layers, str):
+            return self.moe_layers == "all"
+        return layer_index in self.moe_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    @property
+    def moe(self) -> MoEConfig:
+        """The settings of each MoE layer."""
+        return MoEConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            granularity=self.granularity,
+            router=self.router,
+            init_std=self.init_std,
+        )

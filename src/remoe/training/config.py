@@ -1,0 +1,132 @@
+"""Settings of one run: every section of a run's config.yaml, with the defaults of the papers."""
+
+import re
+
+from remoe.config import check_choice, check_range, config_class, setting
+from remoe.data.config import DataConfig
+from remoe.errors import ConfigError
+from remoe.model.config import ReMoEConfig
+
+
+@config_class
+class OptimizerConfig:
+    """AdamW and its schedule (ReMoE §3: peak 5e-4, cosine to a tenth, 1 % warm-up; here for small models)."""
+
+    lr: float = setting(1.0e-3, "peak learning rate")
+    min_lr: float = setting(1.0e-4, "learning rate at the last step")
+    warmup_steps: int = setting(20, "steps of linear warm-up")
+    schedule: str = setting("cosine", "cosine, linear, wsd (flat, then a linear last part) or constant")
+    decay_fraction: float = setting(0.2, "share of the steps in which wsd decays")
+    beta1: float = setting(0.9, "AdamW's first decay rate")
+    beta2: float = setting(0.999, "AdamW's second decay rate")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    weight_decay: float = setting(0.01, "decay of matrices; norms and biases have none")
+    clip: float = setting(1.0, "largest gradient norm; 0 turns clipping off")
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.schedule", self.schedule, ("cosine", "linear", "wsd", "constant"))
+        check_range("optimizer.lr", self.lr, 0.0)
+        check_range("optimizer.min_lr", self.min_lr, 0.0, self.lr, fix="lower it or raise optimizer.lr")
+        check_range("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_range("optimizer.clip", self.clip, 0.0)
+        check_range("optimizer.weight_decay", self.weight_decay, 0.0)
+        check_range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
+
+
+@config_class
+class LossConfig:
+    """Coefficients of the auxiliary terms that are not adapted; routers that do not use a term ignore it."""
+
+    load_balancing_coef: float = setting(0.01, "times the Switch load-balancing loss, summed over layers")
+    router_z_coef: float = setting(0.0, "times the router z-loss, summed over layers")
+
+    def __post_init__(self) -> None:
+        check_range("losses.load_balancing_coef", self.load_balancing_coef, 0.0)
+        check_range("losses.router_z_coef", self.router_z_coef, 0.0)
+
+
+@config_class
+class SparsityConfig:
+    """The adaptive L1 coefficient of ReLU routing (ReMoE eq. 7, 10)."""
+
+    init: float = setting(1.0e-8, "coefficient of the first step")
+    multiplier: float = setting(1.2, "factor of one update")
+    min_coef: float = setting(1e-16, "smallest coefficient")
+    max_coef: float = setting(1e4, "largest coefficient")
+    load_balanced: bool = setting(True, "weigh each expert by its load (eq. 10); false: plain L1 (eq. 9)")
+    per_layer: bool = setting(False, "one coefficient a layer (an experiment)")
+    mode: str = setting("paper", "paper, or released: sum over layers, loads of the micro-batch, a tie lowers")
+    loads: str = setting("data_ranks", "whose loads weigh the term: data_ranks, micro_batch or previous_step")
+
+    def __post_init__(self) -> None:
+        check_choice("sparsity.mode", self.mode, ("paper", "released"))
+        check_choice("sparsity.loads", self.loads, ("data_ranks", "micro_batch", "previous_step"))
+        if self.multiplier <= 1:
+            raise ConfigError(
+                f"sparsity.multiplier is {self.multiplier}, must be above 1: the coefficient could not grow; try 1.2"
+            )
+        if not 0 < self.min_coef <= self.init <= self.max_coef:
+            raise ConfigError(
+                f"sparsity.init is {self.init}, must be between sparsity.min_coef = {self.min_coef} (above 0) "
+                f"and sparsity.max_coef = {self.max_coef}"
+            )
+
+
+@config_class
+class LoopConfig:
+    """How long a run goes on, on what, and when it measures and saves."""
+
+    steps: int = setting(300, "optimizer steps")
+    batch_size: int = setting(16, "sequences a step, over all ranks")
+    micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: batch_size")
+    precision: str = setting("fp32", "fp32, or bf16: autocast with fp32 weights")
+    device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
+    compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory")
+    log_interval: int = setting(1, "steps between lines of metrics.jsonl")
+    validation_interval: int = setting(100, "steps between validations (also after the last step)")
+    validation_batches: int = setting(20, "batches of one validation")
+    checkpoint_interval: int = setting(100, "steps between checkpoints (also after the last step)")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay, besides the best")
+    flip_interval: int = setting(10, "steps between measurements of the routing's flip rate; 0: never")
+    max_bad_steps: int = setting(10, "steps in a row without a finite loss after which the run stops")
+    sinks: list[str] = setting(list, "more places for metrics: tensorboard, wandb, trackio")
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "log_interval", "validation_interval", "validation_batches"):
+            check_range(f"train.{key}", getattr(self, key), 1)
+        for key in ("checkpoint_interval", "keep_checkpoints", "max_bad_steps"):
+            check_range(f"train.{key}", getattr(self, key), 1)
+        check_range("train.flip_interval", self.flip_interval, 0)
+        check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        for sink in self.sinks:
+            check_choice("train.sinks", sink, ("tensorboard", "wandb", "trackio"))
+        if self.micro_batch_size is not None:
+            check_range("train.micro_batch_size", self.micro_batch_size, 1)
+        if self.batch_size % self.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch_size is {self.micro_batch_size}, must divide train.batch_size = {self.batch_size}"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+@config_class
+class TrainConfig:
+    """One run. Every key has a default; `remoe train --keys` lists them."""
+
+    name: str = setting("run", "the run's folder below runs/")
+    seed: int = setting(0, "seed of initial weights and sample order")
+    model: ReMoEConfig = setting(ReMoEConfig, "the model")
+    data: DataConfig = setting(DataConfig, "the text")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimizer")
+    losses: LossConfig = setting(LossConfig, "auxiliary losses with a fixed coefficient")
+    sparsity: SparsityConfig = setting(SparsityConfig, "the adaptive L1 term of ReLU routing")
+    train: LoopConfig = setting(LoopConfig, "the loop")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", self.name):
+            raise ConfigError(f"name is {self.name!r}, must be letters, digits, '.', '_' and '-' (parts joined by '/')")
