@@ -1,0 +1,19 @@
+"""Gather-sum of expert rows per token: no atomics, rows in expert order, so the same bits each run."""
+
+import torch
+from torch import Tensor
+
+
+def gather_sum(rows_NH: Tensor, row_N: Tensor, token_offsets: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """out[t] = sum of (weight *) rows of token t, in fp32 or wider [T, H]; 0 for a token without rows.
+
+    An embedding bag is exactly this: token t's bag lists its rows; weights_N is in the order of rows_NH.
+    """
+    dtype = torch.promote_types(rows_NH.dtype, torch.float32)
+    if row_N.numel() == 0:
+        return rows_NH.new_zeros((token_offsets.shape[0] - 1, rows_NH.shape[1]), dtype=dtype)
+    bag_weights_N = None if weights_N is None else weights_N.to(dtype).index_select(0, row_N)
+    out_TH, *_ = torch.embedding_bag(
+        rows_NH.to(dtype), row_N, token_offsets, mode=0, per_sample_weights=bag_weights_N, include_last_offset=True
+    )
+    return out_TH

@@ -1,0 +1,61 @@
+"""torch's grouped matrix product over the sorted rows: the path of GPUs in bf16, without waiting for the counts."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remoe.kernels.expert_mlp.combine import gather_sum
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists
+) -> tuple[Tensor, Tensor]:
+    """See remoe::expert_mlp."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    ends = expert_offsets[1:].to(torch.int32)
+    x_NH = hidden_TH.index_select(0, token_N)
+    if token_N.numel() == 0:
+        return torch.zeros_like(hidden_TH), hidden_TH.new_empty((0, gate_up_proj.shape[1]))
+    up_N2F = F.grouped_mm(x_NH, gate_up_proj.transpose(1, 2), offs=ends)
+    gate_NF, up_NF = up_N2F.chunk(2, dim=-1)
+    y_NH = F.grouped_mm(F.silu(gate_NF).mul_(up_NF), down_proj.transpose(1, 2), offs=ends)
+    weights_N = weights_TE.flatten().index_select(0, pair_N)
+    return gather_sum(y_NH, row_N, token_offsets, weights_N).to(hidden_TH.dtype), up_N2F
+
+
+def backward(
+    grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See remoe::expert_mlp_backward."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    if token_N.numel() == 0:
+        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))  # type: ignore
+    ends = expert_offsets[1:].to(torch.int32)
+    grad_y_NH = grad_out_TH.index_select(0, token_N)
+    weights_N = weights_TE.flatten().index_select(0, pair_N)
+    grad_act_NF = F.grouped_mm(grad_y_NH, down_proj, offs=ends)
+    act_NF, grad_up_N2F, grad_weights_N = _swiglu_backward(up_N2F, grad_act_NF, weights_N)
+    idle_E11 = (expert_offsets.diff() == 0)[:, None, None]  # an empty group may leave its slice unwritten
+    grad_down = F.grouped_mm(grad_y_NH.t(), act_NF, offs=ends).masked_fill_(idle_E11, 0)
+    x_NH = hidden_TH.index_select(0, token_N)
+    grad_gate_up = F.grouped_mm(grad_up_N2F.t(), x_NH, offs=ends).masked_fill_(idle_E11, 0)
+    grad_x_NH = F.grouped_mm(grad_up_N2F, gate_up_proj, offs=ends)
+    grad_weights_TE = torch.zeros_like(weights_TE)
+    grad_weights_TE.view(-1).index_copy_(0, pair_N, grad_weights_N.to(weights_TE.dtype))
+    return gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
+
+
+def _swiglu_backward(up_N2F: Tensor, grad_act_NF: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted activation, the gradient of the pre-activations, and of the gates, computed in fp32."""
+    gate, up = up_N2F.float().chunk(2, dim=-1)
+    grad_act, sigmoid = grad_act_NF.float(), torch.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    grad_weights_N = (grad_act * act).sum(-1)
+    grad_act = grad_act * weights_N[:, None]
+    grad_gate = grad_act * up * (sigmoid + silu * (1 - sigmoid))
+    grad_up_N2F = torch.cat((grad_gate, grad_act * silu), dim=-1).to(up_N2F.dtype)
+    return (act * weights_N[:, None]).to(up_N2F.dtype), grad_up_N2F, grad_weights_N

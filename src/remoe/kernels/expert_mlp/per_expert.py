@@ -1,0 +1,87 @@
+"""One matrix product an expert over its own rows: the path of CPUs, and of GPUs without a grouped product.
+
+Rows are gathered once, written in place wherever a buffer is free, and each expert's weight gradient goes straight
+into its slice (slicing one stacked parameter inside autograd would fill a full-size gradient an expert).
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remoe.kernels.expert_mlp.combine import gather_sum
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists
+) -> tuple[Tensor, Tensor]:
+    """See remoe::expert_mlp."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    x_NH = hidden_TH.index_select(0, token_N)
+    up_N2F = x_NH.new_empty((x_NH.shape[0], gate_up_proj.shape[1]))
+    y_NH = torch.empty_like(x_NH)
+    for expert, rows in _segments(expert_offsets):
+        torch.mm(x_NH[rows], gate_up_proj[expert].t(), out=up_N2F[rows])
+        gate, up = up_N2F[rows].chunk(2, dim=-1)
+        torch.mm(F.silu(gate).mul_(up), down_proj[expert].t(), out=y_NH[rows])
+    weights_N = weights_TE.flatten().index_select(0, pair_N)
+    return gather_sum(y_NH, row_N, token_offsets, weights_N).to(hidden_TH.dtype), up_N2F
+
+
+def backward(
+    grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See remoe::expert_mlp_backward. The gate's gradient is <dA, a> with a recomputed, so that y is never kept."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    x_NH = hidden_TH.index_select(0, token_N)
+    grad_y_NH = grad_out_TH.index_select(0, token_N)
+    weights_N = weights_TE.flatten().index_select(0, pair_N)
+    grad_weights_N = torch.empty_like(weights_N)
+    grad_gate_up = torch.zeros_like(gate_up_proj)
+    grad_down = torch.zeros_like(down_proj)
+    grad_x_NH = torch.empty_like(x_NH)
+    for expert, rows in _segments(expert_offsets):
+        grad_y, scale = grad_y_NH[rows], weights_N[rows, None].to(x_NH.dtype)
+        grad_act = grad_y @ down_proj[expert]
+        act, grad_up = _swiglu_backward(up_N2F[rows], grad_act)
+        grad_weights_N[rows] = _row_dots(grad_act, act).to(weights_N.dtype)
+        torch.mm(grad_y.t(), act.mul_(scale), out=grad_down[expert])
+        grad_up.mul_(scale)
+        torch.mm(grad_up.t(), x_NH[rows], out=grad_gate_up[expert])
+        torch.mm(grad_up, gate_up_proj[expert], out=grad_x_NH[rows])
+    grad_hidden_TH = gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype)
+    grad_weights_TE = torch.zeros_like(weights_TE)
+    grad_weights_TE.view(-1).index_copy_(0, pair_N, grad_weights_N)
+    return grad_hidden_TH, grad_weights_TE, grad_gate_up, grad_down
+
+
+def _segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, with their place; on a GPU this waits for the counts."""
+    bounds = cast(list[int], expert_offsets.tolist())  # pyright: ignore[reportUnknownMemberType]
+    for expert, (first, last) in enumerate(pairwise(bounds)):
+        if first < last:
+            yield expert, slice(first, last)
+
+
+def _swiglu_backward(up_n2F: Tensor, grad_act: Tensor) -> tuple[Tensor, Tensor]:
+    """From pre-activations and dA: the activation a and the gradient of the pre-activations, both before the gate."""
+    gate, up = up_n2F.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = sigmoid * gate
+    grad_up_n2F = torch.empty_like(up_n2F)
+    grad_gate, grad_up = grad_up_n2F.chunk(2, dim=-1)
+    torch.mul(grad_act, silu, out=grad_up)
+    act = silu * up
+    # silu' = sigmoid + silu * (1 - sigmoid)
+    torch.addcmul(sigmoid, silu, 1 - sigmoid, out=grad_gate).mul_(up).mul_(grad_act)
+    return act, grad_up_n2F
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=-1, dtype=torch.promote_types(a.dtype, torch.float32))

@@ -1,0 +1,42 @@
+"""SwiGLU experts over the rows of a DispatchPlan."""
+
+import torch
+from torch import Tensor, nn
+
+from remoe.kernels.expert_mlp import expert_mlp
+from remoe.moe.dispatch import DispatchPlan
+
+
+class GroupedExperts(nn.Module):
+    """E SwiGLU MLPs of width F: down(silu(gate x) * (up x)), no biases.
+
+    `gate_up_proj` [E, 2F, H] holds the gate rows first, `down_proj` is [E, H, F].
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int, init_std: float = 0.01) -> None:
+        super().__init__()
+        self.init_std = init_std
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with init_std; a model scales down_proj by its depth (ReMoE §2.7)."""
+        nn.init.normal_(self.gate_up_proj, std=self.init_std)
+        nn.init.normal_(self.down_proj, std=self.init_std)
+
+    def forward(self, hidden_TH: Tensor, plan: DispatchPlan, weights_TE: Tensor) -> Tensor:
+        """Run each row through its expert and sum each token's rows, weighted by its gates [T, H].
+
+        Computes in hidden_TH's dtype, or autocast's; gates and sums stay in fp32 or wider.
+        """
+        dtype = _compute_dtype(hidden_TH)
+        out_TH, _ = expert_mlp(
+            hidden_TH.to(dtype), weights_TE, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *plan
+        )
+        return out_TH
+
+
+def _compute_dtype(hidden_TH: Tensor) -> torch.dtype:
+    device = hidden_TH.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype

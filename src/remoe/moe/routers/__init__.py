@@ -1,0 +1,42 @@
+"""The routers by name. A new one is one file and one line here."""
+
+import importlib
+import inspect
+from typing import Any, cast
+
+from torch import nn
+
+from remoe.config import check_range
+from remoe.errors import ConfigError, nearest
+
+ROUTERS = {
+    "relu": "remoe.moe.routers.relu:ReLURouter",
+    "topk": "remoe.moe.routers.topk:TopKRouter",
+}
+
+
+def router_class(name: str) -> type[nn.Module]:
+    """The class of a registered router; ConfigError names the nearest for an unknown one."""
+    if name not in ROUTERS:
+        raise ConfigError(f"router is {name!r}, must be one of {', '.join(ROUTERS)}; {nearest(name, ROUTERS)}")
+    module, _, attribute = ROUTERS[name].partition(":")
+    return cast(type[nn.Module], getattr(importlib.import_module(module), attribute))
+
+
+def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> nn.Module:
+    """Build a router that maps hidden_TH to a Routing over num_experts (after granularity).
+
+    Raises ConfigError for an unknown name or option, or for top_k outside 1..num_experts.
+    """
+    check_range("top_k", top_k, 1, num_experts, fix="it is the (average) number of experts a token uses")
+    cls = router_class(name)
+    known = _option_names(cls)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(f"router {name!r} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return cls(hidden_size, num_experts, top_k, **options)
+
+
+def _option_names(cls: type[nn.Module]) -> list[str]:
+    parameters = inspect.signature(cls).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
