@@ -31,6 +31,11 @@ class ReMoEConfig:
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
             check_range(f"model.{key}", getattr(self, key), 1)
+        if self.vocab_size is not None:
+            check_range("model.vocab_size", self.vocab_size, 1)
+        for key in ("rope_theta", "norm_eps", "init_std"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"model.{key} is {getattr(self, key)}, must be above 0")
         self._check_heads()
         self._check_layers()
         _ = self.moe  # checks the experts' settings
@@ -41,8 +46,10 @@ class ReMoEConfig:
                 f"model.num_heads is {self.num_heads}, must divide model.hidden_size = {self.hidden_size}; "
                 "or set model.head_size"
             )
-        if self.head_width % 2:
-            raise ConfigError(f"model.head_size is {self.head_width}, must be even: rotary embeddings turn pairs")
+        if self.head_width < 2 or self.head_width % 2:
+            raise ConfigError(
+                f"model.head_size is {self.head_width}, must be even and at least 2: rotary embeddings turn pairs"
+            )
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads is {self.num_kv_heads}, must divide model.num_heads = {self.num_heads}"

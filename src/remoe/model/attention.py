@@ -1,0 +1,67 @@
+"""Grouped-query causal self-attention with rotary positions, through scaled_dot_product_attention."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remoe.model.cache import KVCache
+from remoe.model.config import ReMoEConfig
+from remoe.model.linear import Linear
+from remoe.model.rotary import rotate
+
+
+class AttentionInputs(NamedTuple):
+    """What every layer's attention shares in one call."""
+
+    cos: Tensor
+    sin: Tensor
+    """Rotary angles, fp32 [B or 1, 1, S, D/2]."""
+    mask: Tensor | None
+    """Bool [B or 1, 1, S, K]; None: plain causal, or one new token that sees all."""
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose key/value heads are shared by groups of query heads."""
+
+    def __init__(self, config: ReMoEConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_size = config.head_width
+        self.q_proj = Linear(config.hidden_size, config.num_heads * self.head_size)
+        self.k_proj = Linear(config.hidden_size, config.kv_heads * self.head_size)
+        self.v_proj = Linear(config.hidden_size, config.kv_heads * self.head_size)
+        self.o_proj = Linear(config.num_heads * self.head_size, config.hidden_size)
+
+    def forward(self, hidden_BSH: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Attend within the batch and, with a cache, to the tokens before it."""
+        query_BASD = rotate(self._heads(self.q_proj(hidden_BSH)), inputs.cos, inputs.sin)
+        key_BASD = rotate(self._heads(self.k_proj(hidden_BSH)), inputs.cos, inputs.sin)
+        value_BASD = self._heads(self.v_proj(hidden_BSH))
+        if inputs.cache is not None:
+            key_BASD, value_BASD = inputs.cache.update(self.layer_index, key_BASD, value_BASD)
+        mixed_BASD = attend(query_BASD, key_BASD, value_BASD, inputs.mask)
+        return self.o_proj(mixed_BASD.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+def attend(query_BASD: Tensor, key_BASD: Tensor, value_BASD: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention; keys and values may have fewer heads (A is then theirs)."""
+    num_groups = query_BASD.shape[1] // key_BASD.shape[1]
+    # only the flash kernel shares heads, and it takes neither a mask nor fp32; elsewhere sharing means the slow
+    # path that stores all scores
+    can_share = mask is None and query_BASD.dtype in (torch.bfloat16, torch.float16)
+    if num_groups > 1 and not can_share:
+        key_BASD, value_BASD = (heads.repeat_interleave(num_groups, dim=1) for heads in (key_BASD, value_BASD))
+    return F.scaled_dot_product_attention(
+        query_BASD,
+        key_BASD,
+        value_BASD,
+        attn_mask=mask,
+        is_causal=mask is None and query_BASD.shape[2] > 1,
+        enable_gqa=num_groups > 1 and can_share,
+    )

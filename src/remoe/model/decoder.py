@@ -1,0 +1,145 @@
+"""The decoder: embedding, layers with the router state riding along, final norm, output head."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from remoe.errors import ConfigError
+from remoe.model.attention import AttentionInputs
+from remoe.model.block import DecoderLayer
+from remoe.model.cache import KVCache
+from remoe.model.config import ReMoEConfig
+from remoe.model.generate import Sampling, generate_tokens
+from remoe.model.init import initialise
+from remoe.model.linear import Embedding, Linear
+from remoe.model.placement import Placement, place_tokens
+from remoe.model.rotary import rotary_angles
+from remoe.moe import RouterContext, Routing
+
+
+class ModelOutput(NamedTuple):
+    """What the model returns."""
+
+    logits: Tensor
+    """[B, S, V] in the dtype the model computes in; upcast them for the loss."""
+    routings: tuple[Routing | None, ...]
+    """One a layer, None for dense ones; each has T = B*S tokens, row after row."""
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ReMoEConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(
+        self, tokens_BS: Tensor, placement: Placement, cache: KVCache | None
+    ) -> tuple[Tensor, tuple[Routing | None, ...]]:
+        """The normed last hidden states and each layer's routing."""
+        angles = rotary_angles(placement.position_BS, self.config.head_width, self.config.rope_theta)
+        attention = AttentionInputs(*angles, placement.attention_mask, cache)
+        context = _router_context(tokens_BS, placement)
+        hidden_BSH = self.embed_tokens(tokens_BS)
+        routings: list[Routing | None] = []
+        for layer_index, layer in enumerate(self.layers):
+            context = context._replace(layer_index=layer_index)
+            hidden_BSH, routing = self._run(layer, hidden_BSH, attention, context)
+            if routing is not None:
+                context = context._replace(state_TP=routing.state_TP)
+            routings.append(routing)
+        return self.norm(hidden_BSH), tuple(routings)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+def _router_context(tokens_BS: Tensor, placement: Placement) -> RouterContext:
+    key_mask_BK = placement.key_mask_BK
+    return RouterContext(
+        token_ids_T=tokens_BS.flatten(),
+        token_mask_T=None if key_mask_BK is None else key_mask_BK[:, -tokens_BS.shape[1] :].flatten(),
+        sequence_start_T=placement.sequence_start_BS.flatten(),
+    )
+
+
+class ReMoEForCausalLM(nn.Module):
+    """The native language model: a LLaMA-style decoder any of whose layers can be an MoE layer.
+
+    Initial values depend on `seed` and each parameter's name only. Built under `torch.device("meta")` it has shapes
+    and no values. Raises ConfigError where the config has no vocabulary size.
+    """
+
+    def __init__(self, config: ReMoEConfig, seed: int = 0) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size is null, must be a number of token ids; set it to the tokenizer's")
+        self.config = config
+        self.model = Decoder(config, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        initialise(self, config, seed)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether each layer is computed again in the backward pass instead of kept: less memory, a third more time."""
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.model.activation_checkpointing = on
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        token_mask_BS: Tensor | None = None,
+        *,
+        document_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        """Logits of the next token at each place, and the routings.
+
+        `token_mask_BS`: true for tokens that count; padding is not attended to, routed or counted.
+        `document_BS`: attention stays among neighbours with equal numbers; None: plain causal attention.
+        `cache`: keys and values of the tokens before these; the call adds its own.
+        """
+        placement = place_tokens(tokens_BS, token_mask_BS, document_BS, cache)
+        hidden_BSH, routings = self.model(tokens_BS, placement, cache)
+        if cache is not None:
+            cache.advance(tokens_BS.shape[1], placement.key_mask_BK)
+        return ModelOutput(self._logits(hidden_BSH), routings)
+
+    def _logits(self, hidden_BSH: Tensor) -> Tensor:
+        if self.lm_head is None:
+            return F.linear(hidden_BSH, self.model.embed_tokens.weight)
+        return self.lm_head(hidden_BSH)
+
+    def generate(
+        self,
+        tokens_BS: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: int | Collection[int] = (),
+        token_mask_BS: Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue each prompt by up to `max_new_tokens`; returns prompts and new tokens, int64 [B, S + new].
+
+        Temperature 0 is greedy. Prompts of different lengths are padded on the left, false in `token_mask_BS`. A row
+        ends with a stop token and is filled up with it. Raises ConfigError for a value out of range.
+        """
+        stops = (stop_tokens,) if isinstance(stop_tokens, int) else stop_tokens
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, stop_tokens=frozenset(stops), seed=seed)
+        return generate_tokens(self, tokens_BS, max_new_tokens, sampling, token_mask_BS)
