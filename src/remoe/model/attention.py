@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from remoe.model.cache import KVCache
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear
+from remoe.model.linear import Linear, in_compute_dtype
 from remoe.model.rotary import rotate
 
 
@@ -37,6 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BSH: Tensor, inputs: AttentionInputs) -> Tensor:
         """Attend within the batch and, with a cache, to the tokens before it."""
+        hidden_BSH = in_compute_dtype(hidden_BSH)
         query_BASD = rotate(self._heads(self.q_proj(hidden_BSH)), inputs.cos, inputs.sin)
         key_BASD = rotate(self._heads(self.k_proj(hidden_BSH)), inputs.cos, inputs.sin)
         value_BASD = self._heads(self.v_proj(hidden_BSH))

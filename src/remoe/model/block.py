@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from remoe.model.attention import Attention, AttentionInputs
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear
+from remoe.model.linear import Linear, in_compute_dtype
 from remoe.moe import MoE, RouterContext, Routing
 
 
@@ -20,6 +20,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, hidden_BSH: Tensor, context: RouterContext | None = None) -> tuple[Tensor, None]:
         """The output and no routing."""
+        hidden_BSH = in_compute_dtype(hidden_BSH)
         return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH)), None
 
 

@@ -1,0 +1,213 @@
+"""Parameters, FLOPs and memory of a model, from its config alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from remoe.config import check_choice, check_range
+from remoe.errors import ConfigError
+from remoe.model.config import ReMoEConfig
+from remoe.moe import build_router
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters that exist, and those that one token uses on average (router included)."""
+
+    total: int
+    active: int
+
+
+def parameter_count(config: ReMoEConfig) -> ParameterCount:
+    """Count a model's parameters without building it (ReMoE §3)."""
+    hidden, layers, moe_layers = config.hidden_size, config.num_layers, config.num_moe_layers
+    vocabulary = _vocab_size(config) * hidden * (1 if config.tie_embeddings else 2)
+    attention = 2 * hidden * config.head_width * (config.num_heads + config.kv_heads)
+    mlp = 3 * hidden * config.intermediate_size
+    router = _router_parameters(config) if moe_layers else 0
+    shared = vocabulary + layers * (attention + 2 * hidden) + hidden + moe_layers * router + (layers - moe_layers) * mlp
+    return ParameterCount(
+        total=shared + moe_layers * mlp * config.num_experts, active=shared + moe_layers * mlp * config.top_k
+    )
+
+
+def flops_per_token(config: ReMoEConfig, sequence_length: int) -> int:
+    """Forward and backward FLOPs of one token in a sequence of this length, top_k experts active (ReMoE §3).
+
+    As in the paper: attention scores over the whole sequence, norms and router left out, nothing recomputed.
+    """
+    check_range("sequence_length", sequence_length, 1)
+    hidden, moe_layers = config.hidden_size, config.num_moe_layers
+    projections = 2 * hidden * config.head_width * (config.num_heads + config.kv_heads)
+    scores = 2 * sequence_length * config.head_width * config.num_heads
+    mlp = 3 * hidden * config.intermediate_size
+    mlps = mlp * (config.num_layers - moe_layers + config.top_k * moe_layers)
+    multiply_adds = config.num_layers * (projections + scores) + mlps + hidden * _vocab_size(config)
+    return 3 * 2 * multiply_adds
+
+
+def flops_per_sequence(config: ReMoEConfig, sequence_length: int) -> int:
+    """Forward and backward FLOPs of one sequence."""
+    return sequence_length * flops_per_token(config, sequence_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Estimated bytes of training on one device; activations at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """AdamW's two moments."""
+    compute_copies: int
+    """Weights cast to bf16 by autocast; 0 in fp32."""
+    activations: int
+    """With top_k experts active per token."""
+    activations_at_start: int
+    """At the first steps: ReLU routing starts with half of all gates open."""
+    total: int
+    total_at_start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs; `dataclasses.asdict` gives plain values."""
+
+    parameters: ParameterCount
+    flops_per_token: int
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """How the model is trained, as far as memory depends on it."""
+
+    sequence_length: int
+    micro_batch_size: int
+    precision: str = "fp32"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("sequence_length", self.sequence_length, 1)
+        check_range("micro_batch_size", self.micro_batch_size, 1)
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one forward pass."""
+        return self.sequence_length * self.micro_batch_size
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 2 if self.precision == "bf16" else 4
+
+
+def plan(config: ReMoEConfig, workload: Workload) -> Plan:
+    """Parameters, FLOPs and memory of training this model on one device, without building it."""
+    parameters = parameter_count(config)
+    return Plan(
+        parameters=parameters,
+        flops_per_token=flops_per_token(config, workload.sequence_length),
+        memory=_memory(config, workload, parameters.total),
+    )
+
+
+def _memory(config: ReMoEConfig, workload: Workload, num_parameters: int) -> Memory:
+    weights, gradients, optimizer = 4 * num_parameters, 4 * num_parameters, 8 * num_parameters
+    compute_copies = 2 * num_parameters if workload.precision == "bf16" else 0
+    activations = _activations(config, workload, config.moe.routed_top_k)
+    activations_at_start = _activations(config, workload, _active_at_start(config))
+    fixed = weights + gradients + optimizer + compute_copies
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        compute_copies=compute_copies,
+        activations=activations,
+        activations_at_start=activations_at_start,
+        total=fixed + activations,
+        total_at_start=fixed + activations_at_start,
+    )
+
+
+def _active_at_start(config: ReMoEConfig) -> int:
+    moe = config.moe
+    starts_half_open = config.num_moe_layers > 0 and getattr(_router(config), "penalty", "none") == "sparsity_l1"
+    return max(moe.routed_top_k, moe.routed_experts // 2) if starts_half_open else moe.routed_top_k
+
+
+def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
+    """Bytes kept for the backward pass plus the largest temporary: the loss or one layer's expert rows.
+
+    As on a GPU; on a CPU each norm keeps one more copy of its input.
+    """
+    moe_layers = config.num_moe_layers
+    dense_layers = config.num_layers - moe_layers
+    dense = _attention_bytes(config, workload) + _dense_mlp_bytes(config, workload)
+    moe = _attention_bytes(config, workload) + _moe_bytes(config, workload, active_experts)
+    kept = 8 * config.hidden_size + dense_layers * dense + moe_layers * moe  # 8: around the last norm
+    if workload.activation_checkpointing:
+        inputs = (
+            8 * config.hidden_size + config.num_layers * 4 * config.hidden_size + moe_layers * _routing_bytes(config)
+        )
+        kept = inputs + max(dense if dense_layers else 0, moe if moe_layers else 0)
+    rows = _row_bytes(config, workload, active_experts) if moe_layers else 0
+    return workload.num_tokens * (kept + max(_loss_bytes(config, workload), rows))
+
+
+def _attention_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """A token's share: residual and norm output; query, key, value and result of all heads."""
+    heads = config.num_heads * config.head_width
+    key_value = config.kv_heads * config.head_width if workload.precision == "bf16" else heads
+    return 4 * config.hidden_size + workload.compute_bytes * (config.hidden_size + 2 * heads + 2 * key_value)
+
+
+def _dense_mlp_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """A token's share: residual and norm output; gate, its activation, up, and their product."""
+    return 4 * config.hidden_size + workload.compute_bytes * (config.hidden_size + 4 * config.intermediate_size)
+
+
+def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
+    """A token's share: residual, norm output (fp32 for the router), routing, and rows' pre-activations and lists."""
+    cast = workload.compute_bytes * config.hidden_size if workload.precision == "bf16" else 0
+    pair = workload.compute_bytes * 2 * config.moe.expert_size + 3 * 8
+    return 8 * config.hidden_size + cast + _routing_bytes(config) + active_experts * pair
+
+
+def _routing_bytes(config: ReMoEConfig) -> int:
+    """A token's gates and logits in fp32, and its map."""
+    return 9 * config.moe.routed_experts
+
+
+def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
+    """A token's share of one layer's backward pass: gathered rows and gradients, which come and go."""
+    moe = config.moe
+    combined = 4 * moe.hidden_size if workload.precision == "bf16" else 0
+    row = workload.compute_bytes * (3 * moe.hidden_size + 3 * moe.expert_size) + combined
+    return active_experts * row
+
+
+def _loss_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """A token's logits, their fp32 copy, log-probabilities and gradient."""
+    copy = 4 + workload.compute_bytes if workload.precision == "bf16" else 4
+    return _vocab_size(config) * (copy + 4 + 4)
+
+
+def _vocab_size(config: ReMoEConfig) -> int:
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size is null, must be a number of token ids to count parameters")
+    return config.vocab_size
+
+
+def _router(config: ReMoEConfig) -> nn.Module:
+    moe = config.moe
+    with torch.device("meta"):
+        return build_router(
+            moe.router_name, moe.hidden_size, moe.routed_experts, moe.routed_top_k, **moe.router_options
+        )
+
+
+def _router_parameters(config: ReMoEConfig) -> int:
+    return sum(parameter.numel() for parameter in _router(config).parameters())
