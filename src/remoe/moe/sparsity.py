@@ -61,7 +61,7 @@ class SparsityController:
         direction = direction.masked_fill(total == 0, 0)
         if skipped is not None:
             direction = direction.masked_fill(torch.as_tensor(skipped, device=device), 0)
-        self.log_coef.add_(self.log_multiplier * direction).clamp_(*self.log_bounds)
+        self.log_coef.add_(direction.to(torch.float64), alpha=self.log_multiplier).clamp_(*self.log_bounds)
 
     def to(self, device: torch.device | str) -> "SparsityController":
         """Move the state to a device; counts must then be there too, or be ints."""

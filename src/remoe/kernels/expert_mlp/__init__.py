@@ -71,10 +71,13 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a [N, 2F] of zeros stands for the gradient of the kept pre-activations
     ctx.save_for_backward(output[1], *inputs)
 
 
-def _backward(ctx: Any, grad_out_TH: Tensor, _grad_up: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out_TH: Tensor | None, _grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out_TH is None:  # nothing downstream used the output
+        return (None,) * 9
     gradients = expert_mlp_backward(grad_out_TH.contiguous(), *ctx.saved_tensors)
     return (*gradients, None, None, None, None, None)
 

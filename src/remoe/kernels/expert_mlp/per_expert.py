@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.kernels.expert_mlp import huge_pages
 from remoe.kernels.expert_mlp.combine import gather_sum
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,20 +43,21 @@ def backward(
     x_NH = hidden_TH.index_select(0, token_N)
     grad_y_NH = grad_out_TH.index_select(0, token_N)
     weights_N = weights_TE.flatten().index_select(0, pair_N)
-    grad_weights_N = torch.empty_like(weights_N)
-    grad_gate_up = torch.zeros_like(gate_up_proj)
-    grad_down = torch.zeros_like(down_proj)
-    grad_x_NH = torch.empty_like(x_NH)
+    scale_N1 = weights_N[:, None].to(x_NH.dtype)
+    scaled_x_NH, scaled_grad_y_NH = x_NH * scale_N1, grad_y_NH * scale_N1  # H is narrower than F: weigh here
+    grad_weights_N, grad_x_NH = torch.empty_like(weights_N), torch.empty_like(x_NH)
+    grad_gate_up, grad_down = (
+        _with_idle_zeroed(gate_up_proj, expert_offsets),
+        _with_idle_zeroed(down_proj, expert_offsets),
+    )
     for expert, rows in _segments(expert_offsets):
-        grad_y, scale = grad_y_NH[rows], weights_N[rows, None].to(x_NH.dtype)
-        grad_act = grad_y @ down_proj[expert]
+        grad_act = grad_y_NH[rows] @ down_proj[expert]
         act, grad_up = _swiglu_backward(up_N2F[rows], grad_act)
         grad_weights_N[rows] = _row_dots(grad_act, act).to(weights_N.dtype)
-        torch.mm(grad_y.t(), act.mul_(scale), out=grad_down[expert])
-        grad_up.mul_(scale)
-        torch.mm(grad_up.t(), x_NH[rows], out=grad_gate_up[expert])
+        torch.mm(scaled_grad_y_NH[rows].t(), act, out=grad_down[expert])
+        torch.mm(grad_up.t(), scaled_x_NH[rows], out=grad_gate_up[expert])
         torch.mm(grad_up, gate_up_proj[expert], out=grad_x_NH[rows])
-    grad_hidden_TH = gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype)
+    grad_hidden_TH = gather_sum(grad_x_NH, row_N, token_offsets, weights_N).to(hidden_TH.dtype)
     grad_weights_TE = torch.zeros_like(weights_TE)
     grad_weights_TE.view(-1).index_copy_(0, pair_N, grad_weights_N)
     return grad_hidden_TH, grad_weights_TE, grad_gate_up, grad_down
@@ -69,18 +71,22 @@ def _segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(first, last)
 
 
+def _with_idle_zeroed(weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """A fresh buffer for a weight's gradient: 0 for experts without rows, the others still to be written."""
+    grad = huge_pages.empty_like(weight)
+    grad[expert_offsets.diff() == 0] = 0
+    return grad
+
+
 def _swiglu_backward(up_n2F: Tensor, grad_act: Tensor) -> tuple[Tensor, Tensor]:
     """From pre-activations and dA: the activation a and the gradient of the pre-activations, both before the gate."""
     gate, up = up_n2F.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    silu = sigmoid * gate
     grad_up_n2F = torch.empty_like(up_n2F)
     grad_gate, grad_up = grad_up_n2F.chunk(2, dim=-1)
+    silu = F.silu(gate)
     torch.mul(grad_act, silu, out=grad_up)
-    act = silu * up
-    # silu' = sigmoid + silu * (1 - sigmoid)
-    torch.addcmul(sigmoid, silu, 1 - sigmoid, out=grad_gate).mul_(up).mul_(grad_act)
-    return act, grad_up_n2F
+    torch.ops.aten.silu_backward.grad_input(grad_act * up, gate, grad_input=grad_gate)
+    return silu.mul_(up), grad_up_n2F
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""The op against its reference: forward, every gradient, odd shapes, empty and full maps; gradcheck and opcheck."""
+
+import pytest
+import torch
+
+from remoe.kernels.expert_mlp import expert_mlp, huge_pages, reference
+from remoe.moe.dispatch import plan
+
+SHAPES = [  # tokens, experts, hidden, ffn
+    (1, 1, 8, 8),
+    (7, 3, 8, 16),
+    (65, 8, 24, 48),
+    (33, 16, 40, 56),
+]
+
+
+def random_inputs(tokens, experts, hidden, ffn, density, dtype=torch.float64):
+    g = torch.Generator().manual_seed(tokens + experts)
+    routing_map = torch.rand(tokens, experts, generator=g) < density
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    weights = draw(tokens, experts).abs() * routing_map
+    tensors = (draw(tokens, hidden), weights, draw(experts, 2 * ffn, hidden), draw(experts, hidden, ffn))
+    return routing_map, tuple(tensor.requires_grad_() for tensor in tensors)
+
+
+def run_op(routing_map, tensors):
+    return expert_mlp(*tensors, *plan(routing_map))[0]
+
+
+def run_reference(routing_map, tensors):
+    hidden, weights, gate_up, down = tensors
+    return reference.expert_mlp(hidden, weights, routing_map, gate_up, down)
+
+
+def with_gradients(run, routing_map, tensors):
+    out = run(routing_map, tensors)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return out, *torch.autograd.grad((out * direction).sum(), tensors)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_matches_the_reference_forward_and_every_gradient(shape, density):
+    routing_map, tensors = random_inputs(*shape, density)
+    for actual, expected in zip(
+        with_gradients(run_op, routing_map, tensors), with_gradients(run_reference, routing_map, tensors), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_float32_is_as_near_to_float64_as_rounding_allows():
+    routing_map, tensors = random_inputs(65, 8, 24, 48, 0.3)
+    exact = with_gradients(run_op, routing_map, tensors)
+    single = tuple(tensor.detach().float().requires_grad_() for tensor in tensors)
+    for actual, expected in zip(with_gradients(run_op, routing_map, single), exact, strict=True):
+        assert (actual.double() - expected).norm() / expected.norm() < 1e-6  # 2^-24 a step, a few hundred summed
+
+
+def test_an_active_pair_of_weight_zero_still_gets_its_gate_gradient():
+    routing_map, (hidden, _, gate_up, down) = random_inputs(4, 2, 8, 8, 1.0)
+    weights = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(run_op(routing_map, (hidden, weights, gate_up, down)).sum(), weights)
+    (expected,) = torch.autograd.grad(run_reference(routing_map, (hidden, weights, gate_up, down)).sum(), weights)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_gradcheck():
+    routing_map, tensors = random_inputs(5, 3, 8, 8, 0.5)
+    assert torch.autograd.gradcheck(lambda *t: run_op(routing_map, t), tensors)
+
+
+def test_opcheck_accepts_the_op():
+    routing_map, tensors = random_inputs(5, 3, 8, 8, 0.5, torch.float32)
+    torch.library.opcheck(torch.ops.remoe.expert_mlp.default, (*tensors, *plan(routing_map)))
+
+
+def test_same_bits_on_every_run():
+    routing_map, tensors = random_inputs(65, 8, 24, 48, 0.4, torch.float32)
+    first, second = (with_gradients(run_op, routing_map, tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_memory_that_nobody_wrote_never_shows(monkeypatch):
+    def poisoned(tensor, *args, **kwargs):
+        return torch.full_like(tensor, float("nan"))
+
+    routing_map, tensors = random_inputs(7, 3, 8, 16, 0.4)
+    routing_map = routing_map & (torch.arange(3) != 1)  # expert 1 is idle
+    expected = with_gradients(run_reference, routing_map, tensors)
+    monkeypatch.setattr(huge_pages, "empty_like", poisoned)
+    for actual, reference_value in zip(with_gradients(run_op, routing_map, tensors), expected, strict=True):
+        torch.testing.assert_close(actual, reference_value, rtol=1e-11, atol=1e-11)
+
+
+def test_large_buffers_on_huge_pages_are_ordinary_tensors():
+    weight = torch.empty(3, 1024, 1024)
+    buffer = huge_pages.empty_like(weight)
+    assert buffer.shape == weight.shape
+    assert buffer.dtype == weight.dtype
+    assert buffer.fill_(1).sum().item() == weight.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(65, 8, 64, 96), (512, 16, 128, 48), (1, 4, 64, 64)])
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_bf16_on_a_gpu_is_near_the_float64_reference(shape, density):
+    routing_map, tensors = random_inputs(*shape, density)
+    hidden, weights, gate_up, down = tensors
+    small = [hidden, weights, gate_up * 0.1, down * 0.1]
+    rounded = [t.detach().to("cuda", torch.bfloat16) for t in small]
+    rounded[1] = weights.detach().to("cuda", torch.float32)
+    on_gpu = tuple(t.requires_grad_() for t in rounded)
+    exact = tuple(t.detach().double().cpu().requires_grad_() for t in on_gpu)
+    actual = with_gradients(run_op, routing_map.cuda(), on_gpu)
+    expected = with_gradients(run_reference, routing_map, exact)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.isfinite().all()
+        assert (a.double().cpu() - b).norm() <= 0.02 * b.norm() + 1e-12  # a few bf16 roundings of 2^-8
