@@ -1,0 +1,253 @@
+"""Checkpoints: tensors in safetensors files, everything else in JSON, a manifest with checksums written last.
+
+The tensor files are those of torch.distributed.checkpoint's Hugging Face writer: each names the offsets of what it
+holds, so that one process or many can write and any number can read; and unlike the default writer's, reading them
+never unpickles anything. A checkpoint is written to `step_N.tmp` and renamed when complete.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remoe.errors import CheckpointError, TrainingError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+RECORD = "training.json"
+MAX_FILE_BYTES = 2 * 1024**3
+"""Tensors are split over files of about this size; one file is held in memory while it is written."""
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""By schema version: turns the record (training.json) of that version into one of the next."""
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint whose checksums hold."""
+
+    path: Path
+    record: dict[str, Any]
+    """What is not a tensor: step, config, best validation, …; of the current schema."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that went into it."""
+        return self.record["step"]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill these tensors in place from the checkpoint; it may hold more. CheckpointError where one does not fit."""
+        import torch.distributed.checkpoint as dcp
+
+        try:
+            with _single_process(), torch.no_grad():
+                dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.path} does not fit this model: {error}") from error
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Checkpoint:
+    """Write `folder`/step_N for N = record["step"]; it appears there only when complete.
+
+    Raises TrainingError where the disk is full or fails; what was there before is untouched then.
+    """
+    final = folder / f"step_{record['step']:08d}"
+    partial = final.with_suffix(".tmp")
+    try:
+        remove_partial(folder)
+        partial.mkdir(parents=True)
+        _write_tensors(partial, tensors)
+        _write_json(partial / RECORD, record)
+        _write_json(partial / MANIFEST, _manifest(partial))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _storage_error(error, final) from error
+    return Checkpoint(final, dict(record))
+
+
+def read(path: Path) -> Checkpoint:
+    """Check a checkpoint's files against its manifest. CheckpointError names what is missing or damaged."""
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    manifest = _read_json(path / MANIFEST)
+    if manifest.pop("sha256", None) != _digest(json.dumps(manifest).encode()):
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not match its own checksum")
+    if manifest["schema"] > SCHEMA:
+        raise NewerSchemaError(
+            f"checkpoint {path} has schema {manifest['schema']}, this version of remoe reads up to {SCHEMA}; "
+            "update remoe"
+        )
+    for name, entry in manifest["files"].items():
+        _check_file(path / name, entry)
+    record = _read_json(path / RECORD)
+    for schema in range(manifest["schema"], SCHEMA):
+        record = UPGRADES[schema](record)
+    return Checkpoint(path, record)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint whose checksums hold, and what is wrong with those newer than it.
+
+    Raises CheckpointError where there are checkpoints but none is whole.
+    """
+    errors: list[CheckpointError] = []
+    for path in reversed(paths(folder)):
+        try:
+            return read(path), errors
+        except NewerSchemaError:
+            raise
+        except CheckpointError as error:
+            errors.append(error)
+    if errors:
+        raise CheckpointError(f"no checkpoint in {folder} can be used; {errors[0]}")
+    return None, errors
+
+
+def paths(folder: Path) -> list[Path]:
+    """Finished checkpoints of a folder, oldest first; their content is not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the one of `best_step`."""
+    for path in paths(folder)[:-keep]:
+        if step_of(path) != best_step:
+            shutil.rmtree(path)
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the (damaged) checkpoints after `step`, so that they never count as the newest again."""
+    for path in paths(folder):
+        if step_of(path) > step:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+class NewerSchemaError(CheckpointError):
+    """A checkpoint of a later version of remoe: nothing is wrong with it, so there is no falling back from it."""
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=_files(whole), save_distributed=True, enable_consolidation=False
+    )
+    with _single_process():
+        dcp.save(whole, storage_writer=writer, no_dist=True)
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file, counted from 1, each tensor goes to."""
+    files, index, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > MAX_FILE_BYTES:
+            index, size = index + 1, 0
+        files[name] = index
+        size += tensor.nbytes
+    return files
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Silence torch's notice of running without a process group, and unwrap what it wraps once for each rank."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in sorted(folder.iterdir())
+    }
+    manifest = {"schema": SCHEMA, "files": files}
+    return manifest | {"sha256": _digest(json.dumps(manifest).encode())}
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    where = f"checkpoint {path.parent} is damaged: {path.name}"
+    if not path.is_file():
+        raise CheckpointError(f"{where} is missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(f"{where} has {path.stat().st_size} bytes, not {entry['bytes']}")
+    if _file_digest(path) != entry["sha256"]:
+        raise CheckpointError(f"{where} does not match its checksum")
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path.parent} is not complete: {path.name} is missing") from None
+    except ValueError:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is not JSON") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is not a JSON object")
+    return values
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(error: OSError, path: Path) -> TrainingError:
+    last = paths(path.parent)
+    kept = f"the last complete one is {last[-1]}" if last else "there is no earlier one"
+    return TrainingError(
+        f"checkpoint {path} could not be written: {error.strerror or error}; {kept}; make room and go on with --resume"
+    )

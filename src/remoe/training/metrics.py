@@ -1,0 +1,75 @@
+"""metrics.jsonl: one JSON object a logged step, appended at once; the source of truth about a run."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from remoe.errors import TrainingError
+
+Metrics = dict[str, Any]
+
+
+class MetricsFile:
+    """The metrics of a run on disk. NaN and infinity are written as null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line: a killed process loses at most the line it was writing. TrainingError on a full disk."""
+        rest = memoryview(json.dumps(finite(metrics), allow_nan=False).encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} could not be written: {error.strerror}; make room and go on with --resume"
+            ) from error
+
+    def sync(self) -> None:
+        """Make all lines survive a power cut; before a checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """All complete lines of a metrics file; empty where there is none. The last line may be half written."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a half-written last one; the file is replaced in one go."""
+    if not path.exists():
+        return
+    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The value with each NaN and infinity replaced by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        yield from (line[:-1] for line in file if line.endswith("\n"))

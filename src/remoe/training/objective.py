@@ -1,0 +1,71 @@
+"""The training objective of one micro-batch: language-model loss plus weighted auxiliary terms (ReMoE eq. 8-10)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from remoe.moe import losses
+from remoe.moe.routing import Routing
+from remoe.training.config import LossConfig, SparsityConfig
+
+IGNORED_LABEL = -100
+
+
+def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
+    """Summed cross-entropy over `num_labels`, the labels of the whole step: micro-batches add up to the step's mean."""
+    losses_sum = F.cross_entropy(
+        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return losses_sum / max(1, num_labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Which auxiliary terms a model is trained with and how they are weighed. `top_k` is k*G."""
+
+    losses: LossConfig
+    sparsity: SparsityConfig
+    penalty: str
+    top_k: int
+
+    def terms(self, routings: Sequence[Routing], loads_LE: Tensor | None = None) -> dict[str, Tensor]:
+        """Un-weighted terms by name, one value [L] each over the MoE layers.
+
+        `loads_LE` holds each layer's n_e/T where it was counted elsewhere; None: each routing counts its own.
+        """
+        if not routings:
+            return {}
+        terms = {}
+        if self.penalty == "sparsity_l1":
+            loads = [None] * len(routings) if loads_LE is None else loads_LE.unbind()
+            terms["sparsity_l1"] = torch.stack(
+                [
+                    losses.sparsity_l1(routing, self.top_k, self.sparsity.load_balanced, loads_E)
+                    for routing, loads_E in zip(routings, loads, strict=True)
+                ]
+            )
+        if self.penalty == "load_balancing":
+            terms["load_balancing"] = torch.stack([losses.load_balancing(r, self.top_k) for r in routings])
+        if self.losses.router_z_coef > 0 and routings[0].logits_TE is not None:
+            terms["router_z"] = torch.stack([losses.router_z(r) for r in routings])
+        return terms
+
+    def penalties(self, terms: dict[str, Tensor], sparsity_coef: Tensor | None) -> Tensor | float:
+        """The weighted sum that is added to the language-model loss. `sparsity_coef` is 0-dim or [L]."""
+        total: Tensor | float = 0.0
+        if "sparsity_l1" in terms:
+            assert sparsity_coef is not None, "a model with the L1 term has a controller"
+            total = total + self.over_layers("sparsity_l1", sparsity_coef * terms["sparsity_l1"])
+        if "load_balancing" in terms:
+            total = total + self.losses.load_balancing_coef * terms["load_balancing"].sum()
+        if "router_z" in terms:
+            total = total + self.losses.router_z_coef * terms["router_z"].sum()
+        return total
+
+    def over_layers(self, name: str, values_L: Tensor) -> Tensor:
+        """One number for the model: the L1 term's mean over layers (released mode: sum), other terms' sum."""
+        is_mean = name == "sparsity_l1" and self.sparsity.mode == "paper"
+        return values_L.mean() if is_mean else values_L.sum()

@@ -1,0 +1,90 @@
+"""A run's folder: what it holds, how it is claimed for a new run, and how others look at it."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from remoe.config import load_config, to_yaml
+from remoe.errors import CheckpointError, ConfigError
+from remoe.training.config import TrainConfig
+from remoe.training.metrics import Metrics, read_metrics
+
+CONFIG, METRICS, TOKENIZER, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tokenizer", "checkpoints"
+OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, "report.html", "report", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, finished or not. `config` is the resolved one."""
+
+    path: Path
+    config: TrainConfig
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """Look at an existing run; CheckpointError where the folder is none."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"{path} is not a run: it has no {CONFIG}; `remoe runs` lists those there are")
+        return cls(path, load_config(TrainConfig, path / CONFIG))
+
+    def metrics(self) -> list[Metrics]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.path / METRICS)
+
+    @property
+    def valid_loss(self) -> float:
+        """The last measured validation loss in nats; NaN where none was measured yet."""
+        measured = [line["valid_loss"] for line in self.metrics() if line.get("valid_loss") is not None]
+        return measured[-1] if measured else float("nan")
+
+    @property
+    def step(self) -> int:
+        """The last logged step."""
+        lines = self.metrics()
+        return lines[-1]["step"] if lines else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, up to the last logged step."""
+        lines = self.metrics()
+        return lines[-1]["tokens"] if lines else 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / CHECKPOINTS
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds (part of) a run."""
+    return any((path / entry).exists() for entry in (CONFIG, METRICS, CHECKPOINTS))
+
+
+def check_claim(path: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError where a run may not write to this folder. Changes nothing."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or begin it anew")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, must be a run's folder; choose another name")
+    if is_run(path) and not (resume or overwrite):
+        raise ConfigError(
+            f"run {path} exists; --resume goes on with it, --overwrite begins it anew, or set another name"
+        )
+
+
+def clear(path: Path) -> None:
+    """Remove a run's own files from its folder, so that it can begin anew; anything else stays."""
+    for entry in OWN_ENTRIES:
+        target = path / entry
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """Write the resolved config, whole or not at all."""
+    partial = path / f"{CONFIG}.tmp"
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(path / CONFIG)

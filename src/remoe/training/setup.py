@@ -1,0 +1,39 @@
+"""What a config leaves open until the run's machine and text are known."""
+
+import dataclasses
+
+import torch
+
+from remoe.data import Tokenizer
+from remoe.errors import ConfigError
+from remoe.training.config import TrainConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `train.device` names; auto is the GPU where there is one. ConfigError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device is {name!r}, must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
+        )
+    return device
+
+
+def resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The config with the vocabulary's size filled in. ConfigError where the model's is too small for the tokenizer."""
+    size = config.model.vocab_size
+    if size is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {size}, must be at least {tokenizer.vocab_size}: the size of tokenizer "
+            f"{tokenizer.name}; set it to null"
+        )
+    return config

@@ -1,0 +1,185 @@
+"""One run in progress: steps, and what happens between them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from remoe.config import to_dict
+from remoe.data import Batch, Corpus, Sampler, validation_batches
+from remoe.training import checkpoint, run
+from remoe.training.checkpoint import Checkpoint
+from remoe.training.config import TrainConfig
+from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
+from remoe.training.metrics import Metrics, MetricsFile, cut_back
+from remoe.training.progress import Reporter
+from remoe.training.recorder import Recorder
+from remoe.training.resume import random_state, set_random_state
+from remoe.training.run import Run
+from remoe.training.schedule import learning_rate
+from remoe.training.signals import RunStoppedError, StopRequest
+from remoe.training.sinks import Sinks
+from remoe.training.step import Stepper, Values
+from remoe.training.validation import evaluate
+
+
+class Due(NamedTuple):
+    """What a step is followed by."""
+
+    flips: bool
+    validation: bool
+    checkpoint: bool
+    log: bool
+
+
+class Trainer:
+    """Moves a run from its first step, or a restored one, to its last."""
+
+    def __init__(
+        self, config: TrainConfig, path: Path, corpus: Corpus, stepper: Stepper, reporter: Reporter
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.path = path
+        self.corpus = corpus
+        self.stepper = stepper
+        self.reporter = reporter
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.saved_step = 0
+        loop, length = config.train, config.data.sequence_length
+        self.sampler = Sampler(corpus.train, length, loop.batch_size, config.seed)
+        self.flips = self._flip_meter()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.path / run.CHECKPOINTS
+
+    def restore(self, start: Checkpoint) -> None:
+        """Put everything back as it was when the checkpoint was written."""
+        start.load(self.stepper.tensors())
+        self.step = self.saved_step = start.step
+        self.best = start.record["best"]
+        device = self.stepper.device
+        if start.record["device"] == device.type:
+            states = random_state(device)
+            start.load(states)
+            set_random_state(states, device)
+        if device.type == "cpu" and start.record["threads"] != torch.get_num_threads():
+            self.reporter.message(
+                f"the run used {start.record['threads']} threads so far and now uses {torch.get_num_threads()}: "
+                "losses will differ by rounding; set OMP_NUM_THREADS to keep them the same"
+            )
+
+    def prepare_folder(self, overwrite: bool) -> None:
+        """Make the run's folder hold what belongs to the steps done so far, and nothing else of ours."""
+        if overwrite:
+            run.clear(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_partial(self.checkpoints)
+        checkpoint.set_aside_newer(self.checkpoints, self.step)
+        cut_back(self.path / run.METRICS, self.step)
+        self.corpus.tokenizer.save(self.path / run.TOKENIZER)
+        run.write_config(self.path, self.config)
+
+    def train(self) -> None:
+        """Take the remaining steps. Raises RunStoppedError, after a checkpoint, when a signal asked to stop."""
+        sinks = Sinks(self.reporter.message)
+        sinks.open(self.config.train.sinks, self.path, to_dict(self.config), self.step)
+        self.recorder = Recorder(self.config, MetricsFile(self.path / run.METRICS), sinks, self.reporter)
+        self.reporter.start(self.config.name, self.config.train.steps, self.step)
+        try:
+            with StopRequest() as stop:
+                self._take_steps(stop)
+        finally:
+            self.recorder.close()
+            self.reporter.finish(Run(self.path, self.config))
+
+    def _take_steps(self, stop: StopRequest) -> None:
+        while self.step < self.config.train.steps:
+            self._take_step(self._due(self.step + 1))
+            if stop.number is not None and self.step < self.config.train.steps:
+                self._save()
+                raise RunStoppedError(
+                    f"{self.path} was stopped by {stop.name} after step {self.step}; --resume goes on from there",
+                    stop.number,
+                )
+
+    def _take_step(self, due: Due) -> None:
+        values = self._train_on(self.sampler.batch(self.step), self.step + 1, due.flips)
+        self.step += 1
+        self.recorder.count_step()
+        measured = self._validate() if due.validation else {}
+        if due.log:
+            lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+            self.recorder.log(self.step, values, lr, measured)
+        if due.checkpoint or self._is_best(self.step):
+            self._save()
+
+    def _train_on(self, batch: Batch, step: int, with_flips: bool) -> Values:
+        if not with_flips or self.flips is None:
+            return self.stepper.run(batch, step)
+        with self.recorder.paused():
+            self.flips.before_step()
+        values = self.stepper.run(batch, step)
+        with self.recorder.paused():
+            return values | self.flips.after_step()
+
+    def _due(self, step: int) -> Due:
+        loop = self.config.train
+        is_last = step == loop.steps
+        flips = self.flips is not None and step % loop.flip_interval == 0
+        validation = is_last or step % loop.validation_interval == 0
+        saves = is_last or step % loop.checkpoint_interval == 0
+        return Due(flips, validation, saves, flips or validation or step % loop.log_interval == 0)
+
+    def _validate(self) -> Metrics:
+        with self.recorder.paused(wait=True):
+            result = evaluate(
+                self.stepper.model,
+                self._validation_batches(),
+                self.corpus.validation.domains,
+                document_mask=self.config.data.document_mask,
+                precision=self.config.train.precision,
+            )
+        if self.best is None or result["loss"] < self.best["loss"]:
+            self.best = {"step": self.step, "loss": result["loss"]}
+        return {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]}
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        """`validation_batches` batches of `batch_size` sequences, in pieces that one forward pass can hold."""
+        loop = self.config.train
+        pieces = loop.validation_batches * (loop.batch_size // loop.micro_batch)
+        return validation_batches(self.corpus.validation, self.config.data.sequence_length, loop.micro_batch, pieces)
+
+    def _is_best(self, step: int) -> bool:
+        return self.best is not None and self.best["step"] == step
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        with self.recorder.paused(wait=True):
+            self.recorder.flush()
+            self.recorder.file.sync()
+            tensors = self.stepper.tensors() | random_state(self.stepper.device)
+            checkpoint.write(self.checkpoints, tensors, self._record())
+            self.saved_step = self.step
+            best_step = self.best["step"] if self.best else None
+            checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, best_step)
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": to_dict(self.config),
+            "best": self.best,
+            "device": self.stepper.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def _flip_meter(self) -> FlipMeter | None:
+        if self.config.train.flip_interval == 0 or self.config.model.num_moe_layers == 0:
+            return None
+        batches = validation_batches(self.corpus.validation, self.config.data.sequence_length, CALIBRATION_SEQUENCES, 1)
+        return FlipMeter(self.stepper.model, next(batches), self.config.data.document_mask)

@@ -1,0 +1,96 @@
+"""Loss on held-out text, as a whole and per domain."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remoe.data import Batch
+from remoe.moe import stats
+from remoe.moe.routing import Routing, count_tokens
+from remoe.training.objective import IGNORED_LABEL
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode from before is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    domains: Sequence[str],
+    *,
+    document_mask: bool = False,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Mean loss per label: `loss`, `per_domain` {name: loss} and `active_experts` (per token, mean over MoE layers).
+
+    Losses are in nats. A domain without a label in the batches is left out; a dense model has no active experts (None).
+    """
+    device = next(model.parameters()).device
+    total = _Sums(len(domains), device)
+    with evaluating(model):
+        for batch in batches:
+            mask_BS = token_mask(batch)
+            mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
+            batch = Batch(*(values.to(device) for values in batch))
+            document_BS = batch.document_BS if document_mask else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
+            total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
+    return total.result(domains)
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """False for the padding after a short text; None where there is none. A token without a label is the last one."""
+    has_label_BS = batch.labels_BS[:, :-1] != IGNORED_LABEL
+    if has_label_BS.all():
+        return None
+    return torch.cat((torch.ones_like(has_label_BS[:, :1]), has_label_BS), dim=1)
+
+
+class _Sums:
+    """Running sums on the device: float64 and in a fixed order, so that the result has the same bits each time."""
+
+    def __init__(self, num_domains: int, device: torch.device) -> None:
+        self.domain_D1 = torch.arange(num_domains, device=device)[:, None]
+        self.losses_D = torch.zeros(num_domains, dtype=torch.float64, device=device)
+        self.labels_D = torch.zeros(num_domains, dtype=torch.int64, device=device)
+        self.active = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, logits_BSV: Tensor, batch: Batch, routings: Sequence[Routing]) -> None:
+        labels_T = batch.labels_BS.flatten()
+        losses_T = F.cross_entropy(
+            logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        member_DT = (batch.domain_BS.flatten() == self.domain_D1) & (labels_T != IGNORED_LABEL)
+        self.losses_D += torch.where(member_DT, losses_T.to(torch.float64), 0.0).sum(1)
+        self.labels_D += member_DT.sum(1)
+        for routing in routings:
+            self.active += stats.active_pairs(routing)
+            self.tokens += count_tokens(routing)
+
+    def result(self, domains: Sequence[str]) -> dict[str, Any]:
+        losses, labels = self.losses_D.tolist(), self.labels_D.tolist()
+        tokens = int(self.tokens)
+        return {
+            "loss": sum(losses) / sum(labels) if sum(labels) else math.nan,
+            "per_domain": {
+                name: loss / count for name, loss, count in zip(domains, losses, labels, strict=True) if count
+            },
+            "active_experts": int(self.active) / tokens if tokens else None,
+            "labels": sum(labels),
+        }
