@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from remoe.config import check_range, config_class, setting
 from remoe.errors import ConfigError
-from remoe.moe.config import MoEConfig
+from remoe.moe import MoEConfig, build_router
 
 
 @config_class
@@ -38,7 +41,9 @@ class ReMoEConfig:
                 raise ConfigError(f"model.{key} is {getattr(self, key)}, must be above 0")
         self._check_heads()
         self._check_layers()
-        _ = self.moe  # checks the experts' settings
+        moe = self.moe  # checks the experts' settings, in a dense model too
+        if self.num_moe_layers:
+            router_without_values(moe)
 
     def _check_heads(self) -> None:
         if self.head_size is None and self.hidden_size % self.num_heads:
@@ -96,4 +101,16 @@ class ReMoEConfig:
             granularity=self.granularity,
             router=self.router,
             init_std=self.init_std,
+        )
+
+
+def router_without_values(config: MoEConfig) -> nn.Module:
+    """A layer's router on the meta device: its sizes, its penalty, and ConfigError for options it does not have."""
+    with torch.device("meta"):
+        return build_router(
+            config.router_name,
+            config.hidden_size,
+            config.routed_experts,
+            config.routed_top_k,
+            **config.router_options,
         )

@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
-from remoe.model.config import ReMoEConfig
-from remoe.moe import build_router
+from remoe.model.config import ReMoEConfig, router_without_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,27 +130,28 @@ def _memory(config: ReMoEConfig, workload: Workload, num_parameters: int) -> Mem
 
 def _active_at_start(config: ReMoEConfig) -> int:
     moe = config.moe
-    starts_half_open = config.num_moe_layers > 0 and getattr(_router(config), "penalty", "none") == "sparsity_l1"
-    return max(moe.routed_top_k, moe.routed_experts // 2) if starts_half_open else moe.routed_top_k
+    if config.num_moe_layers == 0 or router_without_values(moe).penalty != "sparsity_l1":
+        return moe.routed_top_k
+    return max(moe.routed_top_k, moe.routed_experts // 2)
 
 
 def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
-    """Bytes kept for the backward pass plus the largest temporary: the loss or one layer's expert rows.
+    """Bytes kept for the backward pass plus the largest temporary: the loss, or one layer's backward pass.
 
     As on a GPU; on a CPU each norm keeps one more copy of its input.
     """
     moe_layers = config.num_moe_layers
     dense_layers = config.num_layers - moe_layers
-    dense = _attention_bytes(config, workload) + _dense_mlp_bytes(config, workload)
-    moe = _attention_bytes(config, workload) + _moe_bytes(config, workload, active_experts)
-    kept = 8 * config.hidden_size + dense_layers * dense + moe_layers * moe  # 8: around the last norm
+    attention = _attention_bytes(config, workload)
+    dense = attention + _dense_mlp_bytes(config, workload) if dense_layers else 0
+    moe = attention + _moe_bytes(config, workload, active_experts) if moe_layers else 0
+    last_norm = 8 * config.hidden_size
+    kept, recomputed = last_norm + dense_layers * dense + moe_layers * moe, 0
     if workload.activation_checkpointing:
-        inputs = (
-            8 * config.hidden_size + config.num_layers * 4 * config.hidden_size + moe_layers * _routing_bytes(config)
-        )
-        kept = inputs + max(dense if dense_layers else 0, moe if moe_layers else 0)
+        kept = last_norm + 4 * config.num_layers * config.hidden_size + moe_layers * _routing_bytes(config)
+        recomputed = max(dense, moe)
     rows = _row_bytes(config, workload, active_experts) if moe_layers else 0
-    return workload.num_tokens * (kept + max(_loss_bytes(config, workload), rows))
+    return workload.num_tokens * (kept + max(_loss_bytes(config, workload), recomputed + rows))
 
 
 def _attention_bytes(config: ReMoEConfig, workload: Workload) -> int:
@@ -201,13 +198,5 @@ def _vocab_size(config: ReMoEConfig) -> int:
     return config.vocab_size
 
 
-def _router(config: ReMoEConfig) -> nn.Module:
-    moe = config.moe
-    with torch.device("meta"):
-        return build_router(
-            moe.router_name, moe.hidden_size, moe.routed_experts, moe.routed_top_k, **moe.router_options
-        )
-
-
 def _router_parameters(config: ReMoEConfig) -> int:
-    return sum(parameter.numel() for parameter in _router(config).parameters())
+    return sum(parameter.numel() for parameter in router_without_values(config.moe).parameters())
