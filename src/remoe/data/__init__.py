@@ -1,1 +1,36 @@
+"""Text in, token batches out: tokenizers, files of tokens, domains, and sample order as a function of (seed, step)."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remoe.data.config import DataConfig
+    from remoe.data.corpus import Corpus, open_corpus
+    from remoe.data.dataset import BlendedDataset, TokenDataset
+    from remoe.data.indexed import IndexedFile, IndexedWriter
+    from remoe.data.prepare import PrepareConfig, prepare
+    from remoe.data.sampler import Batch, Sampler, validation_batches
+    from remoe.data.tokenizer import Tokenizer, load_saved_tokenizer, load_tokenizer
+
+# on first use: the worker processes of `prepare` never need torch
+_HOME = {
+    "DataConfig": "config",
+    **dict.fromkeys(("Corpus", "open_corpus"), "corpus"),
+    **dict.fromkeys(("BlendedDataset", "TokenDataset"), "dataset"),
+    **dict.fromkeys(("IndexedFile", "IndexedWriter"), "indexed"),
+    **dict.fromkeys(("PrepareConfig", "prepare"), "prepare"),
+    **dict.fromkeys(("Batch", "Sampler", "validation_batches"), "sampler"),
+    **dict.fromkeys(("Tokenizer", "load_saved_tokenizer", "load_tokenizer"), "tokenizer"),
+}
+
+__all__ = [
+    "Batch", "BlendedDataset", "Corpus", "DataConfig", "IndexedFile", "IndexedWriter", "PrepareConfig", "Sampler",
+    "TokenDataset", "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "prepare",
+    "validation_batches",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'remoe.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"remoe.data.{_HOME[name]}"), name)

@@ -1,0 +1,304 @@
+"""Documents of text, jsonl and parquet files, compressed or not: files to chunks of raw lines, chunks to documents.
+
+Chunks are a function of the file's bytes alone, so work on them can be shared out, and taken up again after a stop.
+"""
+
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from remoe.config import check_choice, config_class, setting
+from remoe.errors import DataError, MissingExtraError
+
+PILE_FIELD = "meta.pile_set_name"
+COMPRESSIONS = (".gz", ".xz", ".zst")
+DOCUMENT_BYTES = 65536  # a longer text file is cut at paragraph ends: shuffling and held-out parts need documents
+CHUNK_BYTES = 4 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+@config_class
+class ReadConfig:
+    """How rows become documents."""
+
+    text_key: str = setting("text", "key of a row's text")
+    domain_field: str | None = setting(None, "key of a row's domain, dotted; null: meta.pile_set_name if there")
+    on_bad_line: str = setting("refuse", "refuse or skip a line that is not valid")
+    default_domain: str = setting("text", "domain of documents that name none")
+
+    def __post_init__(self) -> None:
+        check_choice("on_bad_line", self.on_bad_line, ("refuse", "skip"))
+
+
+class Document(NamedTuple):
+    """One text and what kind of text it is."""
+
+    text: str
+    domain: str
+
+
+class Chunk(NamedTuple):
+    """Consecutive raw records of a file; joined, they are its bytes. `position`: bytes of the file read so far."""
+
+    path: Path
+    is_text: bool
+    first_line: int
+    records: list[bytes]
+    position: int
+
+
+class Parsed(NamedTuple):
+    """A chunk's documents, its bad lines as messages with file and line, and the number of empty texts left out."""
+
+    documents: list[Document]
+    problems: list[str]
+    empty: int
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError unless there is a file with something in it."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, must be a file; name its files one by one")
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist, must be a text, jsonl or parquet file, or the prefix of a .bin/.idx pair"
+        )
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty, must hold some text")
+
+
+def read_documents(path: Path, config: ReadConfig) -> Iterator[Document]:
+    """Every document of a file in order. Raises DataError for a missing or unreadable file, or a refused line."""
+    for chunk in iter_chunks(path):
+        yield from parse_chunk(chunk, config).documents
+
+
+def iter_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """Cut a file into chunks of whole records, each of about chunk_bytes once decompressed."""
+    check_file(path)
+    with _readable(path), open(path, "rb") as raw:
+        kind = _kind(path)
+        if kind == "parquet":
+            records = _parquet_records(path)
+        else:
+            stream = _decompressed(path, raw)
+            records = _text_records(stream) if kind == "text" else _lines(stream)
+        yield from _grouped(path, kind, records, raw, chunk_bytes)
+
+
+def parse_chunk(chunk: Chunk, config: ReadConfig) -> Parsed:
+    """The documents of a chunk. With on_bad_line = refuse the first bad line raises DataError, with file and line."""
+    parsed = Parsed([], [], 0)
+    empty, line = 0, chunk.first_line
+    for record in chunk.records:
+        documents, problems = _parse_text(record, line, config) if chunk.is_text else _parse_row(record, line, config)
+        line += record.count(b"\n")
+        empty += sum(not document.text for document in documents)
+        parsed.documents.extend(document for document in documents if document.text)
+        parsed.problems.extend(f"{chunk.path}:{number}: {reason}" for number, reason in problems)
+        if parsed.problems and config.on_bad_line == "refuse":
+            raise DataError(f"{parsed.problems[0]}; mend the line, or skip such lines with on_bad_line = skip")
+    return parsed._replace(empty=empty)
+
+
+Findings = tuple[list[Document], list[tuple[int, str]]]
+
+
+def _parse_text(record: bytes, line: int, config: ReadConfig) -> Findings:
+    try:
+        return [Document(record.decode("utf-8"), config.default_domain)], []
+    except UnicodeDecodeError:
+        return _parse_broken_text(record, line, config)
+
+
+def _parse_broken_text(record: bytes, line: int, config: ReadConfig) -> Findings:
+    good, problems = [], []
+    for number, raw in enumerate(record.splitlines(keepends=True), line):
+        try:
+            good.append(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problems.append((number, _not_utf8(error)))
+    return [Document("".join(good), config.default_domain)], problems
+
+
+def _parse_row(record: bytes, line: int, config: ReadConfig) -> Findings:
+    if record.isspace():
+        return [], []
+    try:
+        return [_document(json.loads(record.decode("utf-8")), config)], []
+    except UnicodeDecodeError as error:
+        return [], [(line, _not_utf8(error))]
+    except json.JSONDecodeError as error:
+        return [], [(line, f"not valid JSON ({error.msg} at column {error.colno})")]
+    except RecursionError:
+        return [], [(line, "JSON is nested too deep")]
+    except ValueError as error:
+        return [], [(line, str(error))]
+
+
+def _document(row: Any, config: ReadConfig) -> Document:
+    if not isinstance(row, dict):
+        raise ValueError(f"holds a JSON {_json_type(row)}, must be an object with the key {config.text_key!r}")
+    if config.text_key not in row:
+        keys = ", ".join(map(repr, list(row)[:8]))
+        raise ValueError(f"has no key {config.text_key!r}; its keys are {keys or 'none'}")
+    text = row[config.text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"key {config.text_key!r} holds a JSON {_json_type(text)}, must be a string")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"key {config.text_key!r} holds half a surrogate pair, which is no Unicode text")
+    return Document(text, _domain(row, config))
+
+
+def _domain(row: dict[str, Any], config: ReadConfig) -> str:
+    value: Any = row
+    for key in (config.domain_field or PILE_FIELD).split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, str) and value:
+        return value
+    if config.domain_field:
+        raise ValueError(f"has no domain in {config.domain_field!r}, must hold a string")
+    return config.default_domain
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start} of the line)"
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "rows" if name.endswith((".jsonl", ".ndjson", ".json")) else "text"
+
+
+def _grouped(path: Path, kind: str, records: Iterator[bytes], raw: IO[bytes], chunk_bytes: int) -> Iterator[Chunk]:
+    group: list[bytes] = []
+    size, first_line, line = 0, 1, 1
+    for record in records:
+        group.append(record)
+        size += len(record)
+        line += record.count(b"\n")
+        if size >= chunk_bytes:
+            yield Chunk(path, kind == "text", first_line, group, raw.tell())
+            group, size, first_line = [], 0, line
+    if group:
+        yield Chunk(path, kind == "text", first_line, group, path.stat().st_size)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    for number, line in enumerate(stream):
+        yield line.removeprefix(BOM) if number == 0 else line
+
+
+def _text_records(stream: IO[bytes]) -> Iterator[bytes]:
+    rest = stream.read(DOCUMENT_BYTES).removeprefix(BOM)
+    while block := stream.read(DOCUMENT_BYTES):
+        rest += block
+        while len(rest) > DOCUMENT_BYTES:
+            cut = _paragraph_end(rest[:DOCUMENT_BYTES])
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _paragraph_end(block: bytes) -> int:
+    """Where to cut: after the last blank line of the second half, else after its last line, else its last character."""
+    half = len(block) // 2
+    for end in (b"\n\n", b"\n"):
+        found = block.rfind(end, half)
+        if found >= 0:
+            return found + len(end)
+    cut = len(block) - 1
+    while cut > half and block[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        cut -= 1
+    return cut
+
+
+def _parquet_records(path: Path) -> Iterator[bytes]:
+    """Each row as a line of JSON, so that all rows go one way."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data") from None
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if suffix == ".xz":
+        return lzma.LZMAFile(raw)  # type: ignore[return-value]
+    return io.BufferedReader(_ZstdStream(raw), 1 << 20) if suffix == ".zst" else raw  # type: ignore[return-value]
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompresses frame after frame. Unlike zstandard's own reader it notices a file that was cut off."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise MissingExtraError("zstandard", "data") from None
+        self._raw, self._compressed, self._plain = raw, b"", b""
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain and self._fill():
+            pass
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
+
+    def _fill(self) -> bool:
+        """Decompress some more; False at the end of the file."""
+        self._compressed = self._compressed or self._raw.read(1 << 17)
+        if not self._compressed:
+            if self._frame is not None:
+                raise EOFError("it ends in the middle of a frame")
+            return False
+        frame = self._frame or self._decompressor.decompressobj()
+        self._plain = frame.decompress(self._compressed)
+        self._compressed = frame.unused_data if frame.eof else b""
+        self._frame = None if frame.eof else frame
+        return True
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a damaged file into one DataError that names it."""
+    try:
+        yield
+    except (DataError, MissingExtraError):
+        raise
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path} is damaged and cannot be decompressed: {error}") from None
+    except PermissionError:
+        raise DataError(f"{path} cannot be read: permission denied") from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("zstandard", "pyarrow", "gzip"):
+            raise DataError(f"{path} is damaged and cannot be read: {error}") from None
+        raise
