@@ -17,7 +17,7 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting, dataclasses.field))
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_class(cls: type[Config]) -> type[Config]:
     """Make a frozen, keyword-only dataclass whose unknown keys are errors. `__post_init__` checks the values."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
