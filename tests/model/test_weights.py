@@ -55,17 +55,37 @@ def test_large_models_become_shards_with_an_index(build, tokens_BS, tmp_path):
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 3
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index = index_of(tmp_path)
     assert set(index["weight_map"]) == set(model.state_dict())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert torch.equal(load_model(tmp_path)(tokens_BS).logits, model(tokens_BS).logits)
 
 
-def test_a_smaller_save_over_shards_is_what_loads(build, tokens_BS, tmp_path):
-    save_model(build(seed=1), tmp_path, max_shard_bytes=40_000)
-    model = build(seed=2)
-    save_model(model, tmp_path)
-    assert torch.equal(load_model(tmp_path)(tokens_BS).logits, model(tokens_BS).logits)
+def test_a_later_save_with_fewer_or_more_files_is_what_loads(build, tokens_BS, tmp_path):
+    for seed, max_shard_bytes in ((1, 40_000), (2, 5e9), (3, 60_000)):
+        model = build(seed=seed)
+        save_model(model, tmp_path, max_shard_bytes=max_shard_bytes)
+        assert torch.equal(load_model(tmp_path)(tokens_BS).logits, model(tokens_BS).logits)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(list(tmp_path.glob("model-*"))) == len(set(index_of(tmp_path)["weight_map"].values()))
+
+
+def index_of(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def test_a_full_disk_leaves_the_old_model(build, saved, tokens_BS, monkeypatch):
+    before = load_model(saved)(tokens_BS).logits
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("remoe.model.weights.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_model(build(seed=9), saved)
+    assert torch.equal(load_model(saved)(tokens_BS).logits, before)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(saved, tokens_BS):

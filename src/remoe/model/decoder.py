@@ -49,19 +49,26 @@ class Decoder(nn.Module):
         attention = AttentionInputs(*angles, placement.attention_mask, cache)
         context = _router_context(tokens_BS, placement)
         hidden_BSH = self.embed_tokens(tokens_BS)
+        run = _recomputed if self._recomputes(cache) else _kept
         routings: list[Routing | None] = []
         for layer_index, layer in enumerate(self.layers):
             context = context._replace(layer_index=layer_index)
-            hidden_BSH, routing = self._run(layer, hidden_BSH, attention, context)
+            hidden_BSH, routing = run(layer, hidden_BSH, attention, context)
             if routing is not None:
                 context = context._replace(state_TP=routing.state_TP)
             routings.append(routing)
         return self.norm(hidden_BSH), tuple(routings)
 
-    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    def _recomputes(self, cache: KVCache | None) -> bool:
+        return self.activation_checkpointing and cache is None and torch.is_grad_enabled()
+
+
+def _kept(layer: nn.Module, *inputs: Any) -> Any:
+    return layer(*inputs)
+
+
+def _recomputed(layer: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(layer, *inputs, use_reentrant=False)
 
 
 def _router_context(tokens_BS: Tensor, placement: Placement) -> RouterContext:

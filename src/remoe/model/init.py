@@ -24,15 +24,15 @@ def initialise(model: nn.Module, config: ReMoEConfig, seed: int) -> None:
 
 
 def initial_values(name: str, shape: torch.Size, config: ReMoEConfig, seed: int) -> Tensor:
-    """The fp32 values that a parameter of this name and shape starts with."""
+    """The values that a parameter of this name and shape starts with, on the CPU whatever the default device is."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.ones(shape, device="cpu")
     std = config.init_std
     if name.endswith(_OUTPUT_PROJECTIONS):
         std /= math.sqrt(2 * config.num_layers)
-    return torch.randn(shape, generator=_generator(seed, name)) * std
+    return torch.randn(shape, generator=_generator(seed, name), device="cpu") * std
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ def save_model(model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5
     shards = _shards(model.state_dict(), max_shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _INDEX).unlink(missing_ok=True)
         for file_name, tensors in shards.items():
             _write_shard(folder / file_name, tensors)
+        _remove_stale(folder, set(shards))
         if len(shards) > 1:
             _write_json(folder / _INDEX, _index(shards))
         _write_json(folder / _CONFIG, _described(model.config))
@@ -85,6 +86,14 @@ def _described(config: ReMoEConfig) -> dict[str, Any]:
     return heading | to_dict(config)
 
 
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    """An earlier save with another number of shards must not be read together with this one."""
+    (folder / _INDEX).unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in written:
+            path.unlink()
+
+
 def _shards(tensors: dict[str, Tensor], max_shard_bytes: float) -> dict[str, dict[str, Tensor]]:
     """File name to tensors, in the model's order; a tensor is never split."""
     groups: list[dict[str, Tensor]] = [{}]
@@ -110,19 +119,28 @@ def _index(shards: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_suffix(".partial")
     metadata = {"format": "pt", "sha256": _checksum(tensors)}  # the format itself has no checksum
     try:
-        save_file(tensors, partial, metadata=metadata)
+        with _replacing(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
-    os.replace(partial, path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with _replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to beside the file, which is replaced at the end; a failure leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
