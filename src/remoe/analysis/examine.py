@@ -1,0 +1,121 @@
+"""From a run's folder to a RunRecord: load its newest checkpoint and watch it read and write validation text."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from remoe.analysis.collect import RoutingCounts, collect
+from remoe.analysis.metrics import thinned
+from remoe.analysis.record import Generation, Passage, RunRecord
+from remoe.config import to_dict
+from remoe.data import Corpus, Tokenizer, load_saved_tokenizer, open_corpus, validation_batches
+from remoe.data.dataset import AnyDataset
+from remoe.errors import CheckpointError, DataError
+from remoe.model import ReMoEForCausalLM
+from remoe.model.size import parameter_count
+from remoe.moe import stats
+from remoe.training import Run, load
+
+COUNTED_TOKENS = 200_000
+PASSAGE_TOKENS = 240
+PROMPT_TOKENS = 48
+NEW_TOKENS = 160
+SHOWN_DOMAINS = 6
+
+
+def examine(path: Path) -> RunRecord:
+    """Everything a report needs of one run.
+
+    Raises CheckpointError for a folder that is not a run or has no step logged, DataError if its text has gone or was
+    tokenised differently.
+    """
+    run = Run.open(path)
+    rows = run.metrics()
+    if not rows:
+        raise CheckpointError(f"{path} has logged no step yet; train it first: remoe train {path}/config.yaml --resume")
+    corpus, tokenizer = _corpus(run)
+    model = load(path).to(_device(run.config.train.device))
+    size = parameter_count(model.config)
+    counts = _counts(model, run, corpus.validation)
+    starts = list(document_starts(corpus.validation, max(PASSAGE_TOKENS, PROMPT_TOKENS)))
+    return RunRecord(
+        name=run.config.name,
+        router="dense" if counts is None else model.config.moe.router_name,
+        config=to_dict(run.config),
+        corpus=corpus.manifest,
+        total_parameters=size.total,
+        active_parameters=size.active,
+        metrics=thinned(rows),
+        counts=counts,
+        token_texts=() if counts is None else tuple(tokenizer.token_text(int(i)) for i in counts.token_ids_U),
+        passages=() if counts is None else tuple(passage(model, tokenizer, *start) for start in starts),
+        generations=tuple(generate(model, tokenizer, starts)),
+    )
+
+
+def document_starts(dataset: AnyDataset, num_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
+    """For each domain its name and the start of its first document that is long enough, or of its longest."""
+    lengths_D, domain_D = np.asarray(dataset.lengths), np.asarray(dataset.domain_of_document)
+    for index, name in enumerate(dataset.domains[:SHOWN_DOMAINS]):
+        members = np.flatnonzero(domain_D == index)
+        if not len(members):
+            continue
+        long_enough = members[lengths_D[members] >= num_tokens]
+        chosen = long_enough[0] if len(long_enough) else members[np.argmax(lengths_D[members])]
+        yield name, dataset.document(int(chosen))[:num_tokens]
+
+
+@torch.inference_mode()
+def passage(model: ReMoEForCausalLM, tokenizer: Tokenizer, domain: str, ids_T: np.ndarray) -> Passage:
+    """How many experts each token of a text uses in each MoE layer."""
+    device = next(model.parameters()).device
+    routings = model(torch.as_tensor(ids_T, dtype=torch.int64, device=device)[None]).routings
+    active_LT = torch.stack([stats.active_per_token(routing) for routing in routings if routing is not None])
+    texts = tuple(readable(tokenizer, int(token_id)) for token_id in ids_T)
+    return Passage(domain=domain, tokens=texts, active_TL=active_LT.T.cpu().numpy())
+
+
+def generate(
+    model: ReMoEForCausalLM, tokenizer: Tokenizer, starts: Sequence[tuple[str, np.ndarray]]
+) -> Iterator[Generation]:
+    """A continuation of the first tokens of each text, sampled with a fixed seed."""
+    device = next(model.parameters()).device
+    for domain, ids_T in starts:
+        prompt_BS = torch.as_tensor(ids_T[:PROMPT_TOKENS], dtype=torch.int64, device=device)[None]
+        out_BS = model.generate(prompt_BS, NEW_TOKENS, temperature=0.8, top_k=50, stop_tokens=(tokenizer.eod,), seed=0)
+        prompt, continuation = out_BS[0, : prompt_BS.shape[1]].tolist(), out_BS[0, prompt_BS.shape[1] :].tolist()
+        yield Generation(domain=domain, prompt=tokenizer.decode(prompt), continuation=tokenizer.decode(continuation))
+
+
+def readable(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as it stands in the text, so that line breaks stay; its display form where it is no whole character."""
+    text = tokenizer.decode([token_id])
+    return tokenizer.token_text(token_id) if not text or "�" in text else text
+
+
+def _corpus(run: Run) -> tuple[Corpus, Tokenizer]:
+    tokenizer = load_saved_tokenizer(run.path / "tokenizer")
+    corpus = open_corpus(run.config.data, run.config.seed)
+    if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{run.path} was trained with tokenizer {tokenizer.name!r}, but its data now opens with another one, "
+            f"{corpus.tokenizer.name!r}; restore the text and tokenizer files named in its config.yaml"
+        )
+    return corpus, tokenizer
+
+
+def _device(setting: str) -> str:
+    if torch.cuda.is_available():
+        return "cuda" if setting == "auto" else setting
+    return "cpu"
+
+
+def _counts(model: ReMoEForCausalLM, run: Run, dataset: AnyDataset) -> RoutingCounts | None:
+    if model.config.moe_layers == "none" or model.config.moe_layers == []:
+        return None
+    data, batch_size = run.config.data, run.config.train.micro_batch
+    num_batches = max(1, COUNTED_TOKENS // (batch_size * data.sequence_length))
+    batches = validation_batches(dataset, data.sequence_length, batch_size, num_batches)
+    return collect(model, batches, dataset.domains, document_mask=data.document_mask)

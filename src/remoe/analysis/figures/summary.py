@@ -1,0 +1,131 @@
+"""All runs in one table: how good, how sparse, how fast, how large (ReMoE Tables 2 and 7)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from remoe.analysis.figure import Chart, Figure
+from remoe.analysis.html import Html, tag
+from remoe.analysis.record import RunRecord
+from remoe.analysis.table import Cell, Table, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The figures of one run that people compare first; None where it was not measured."""
+
+    run: str
+    router: str
+    valid_loss: float | None
+    best_loss: float | None
+    per_domain: dict[str, float]
+    active_experts: float | None
+    sparsity: float | None
+    tokens_per_second: float | None
+    tokens: int | None
+    steps: int | None
+    total_parameters: int
+    active_parameters: int
+
+
+def numbers(runs: Sequence[RunRecord]) -> list[RunSummary]:
+    """One summary a run."""
+    return [_summary(run) for run in runs]
+
+
+def draw(summaries: Sequence[RunSummary]) -> Html:
+    """The runs as rows; the lowest loss of each column is marked."""
+    table = _table(summaries)
+    lower_is_better = {2, *range(_LOSSES_FROM, len(table.columns))}
+    best = {column: _lowest(row[column] for row in table.rows) for column in lower_is_better}
+    head = tag("tr", *(tag("th", name, scope="col") for name in table.columns))
+    body = [_row(row, best if len(summaries) > 1 else {}) for row in table.rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll wide", tabindex=0)
+
+
+def figure(runs: Sequence[RunRecord]) -> Figure:
+    """The figure; there is always one."""
+    summaries = numbers(runs)
+    return Figure(
+        key="summary",
+        title="The runs",
+        says=(
+            "Validation loss in nats per token (the best in bold), how many experts a token used, speed on the machine "
+            "that trained, and size."
+        ),
+        source="ReMoE, Tables 2 and 7",
+        charts=(Chart("", draw(summaries)),),
+        columns=1,
+        table=_table(summaries),
+    )
+
+
+_FIRST_COLUMNS = (
+    "run",
+    "router",
+    "validation loss",
+    "active experts / token",
+    "sparsity (last quarter)",
+    "tokens / s",
+    "tokens",
+    "steps",
+    "parameters",
+    "active parameters",
+)
+_LOSSES_FROM = len(_FIRST_COLUMNS)
+
+
+def _summary(run: RunRecord) -> RunSummary:
+    losses = run.metrics.series("valid_loss")[0]
+    return RunSummary(
+        run=run.name,
+        router=run.router,
+        valid_loss=float(losses[-1]) if len(losses) else None,
+        best_loss=float(losses.min()) if len(losses) else None,
+        per_domain=dict(run.metrics.last("valid_loss_per_domain") or {}),
+        active_experts=_active(run),
+        sparsity=run.metrics.mean_of_last_quarter("sparsity") if run.counts is not None else None,
+        tokens_per_second=run.metrics.mean_of_last_quarter("tokens_per_second"),
+        tokens=run.metrics.last("tokens"),
+        steps=run.metrics.last("step"),
+        total_parameters=run.total_parameters,
+        active_parameters=run.active_parameters,
+    )
+
+
+def _active(run: RunRecord) -> float | None:
+    if run.counts is None:
+        return None
+    return float(run.counts.load_LDE.sum() / run.counts.num_tokens / len(run.counts.layers))
+
+
+def _table(summaries: Sequence[RunSummary]) -> Table:
+    domains = list(dict.fromkeys(name for summary in summaries for name in summary.per_domain))
+    rows = [
+        (
+            summary.run,
+            summary.router,
+            summary.valid_loss,
+            summary.active_experts,
+            summary.sparsity,
+            summary.tokens_per_second,
+            summary.tokens,
+            summary.steps,
+            summary.total_parameters,
+            summary.active_parameters,
+            *(summary.per_domain.get(name) for name in domains),
+        )
+        for summary in summaries
+    ]
+    return Table(columns=(*_FIRST_COLUMNS, *(f"loss: {name}" for name in domains)), rows=tuple(rows))
+
+
+def _lowest(cells: Iterable[Cell]) -> float | None:
+    return min((cell for cell in cells if isinstance(cell, float)), default=None)
+
+
+def _row(row: tuple[Cell, ...], best: Mapping[int, float | None]) -> Html:
+    cells = []
+    for column, cell in enumerate(row):
+        text = tag("strong", show(cell)) if cell is not None and best.get(column) == cell else show(cell)
+        cells.append(tag("td", text, class_=None if isinstance(cell, str) else "number"))
+    return tag("tr", *cells)

@@ -1,0 +1,125 @@
+"""The page around the figures: one HTML file that needs no network, and that allows none."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from remoe.analysis import palette
+from remoe.analysis.figure import Figure
+from remoe.analysis.figures import stages, summary
+from remoe.analysis.html import Html, join, tag
+from remoe.analysis.record import RunRecord
+from remoe.analysis.table import Table, show
+
+
+def render(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> str:
+    """The whole page as text; the same runs give the same bytes."""
+    script, style = _asset("page.js"), palette.css() + _asset("page.css")
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        Html('<link rel="icon" href="data:,">'),
+        tag("title", f"remoe: {_names(runs)}"),
+        tag("style", Html(style)),
+    )
+    body = tag(
+        "body",
+        _header(runs, figures),
+        tag("main", *(figure.to_html() for figure in figures), _settings(runs)),
+        _footer(),
+    )
+    return f'<!doctype html>\n<html lang="en">{head}{body}<script>{script}</script></html>\n'
+
+
+def headlines(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """The few numbers that come first: (value, what it is)."""
+    found = []
+    for run in summary.numbers(runs):
+        if run.valid_loss is not None:
+            found.append((f"{run.valid_loss:.4f}", f"validation loss, {run.run}"))
+    for run in summary.numbers(runs):
+        if run.active_experts is not None:
+            found.append((f"{run.active_experts:.2f}", f"experts per token and layer, {run.run}"))
+    for run in stages.numbers(runs):
+        settled = "not yet" if run.stage_2_end is None else f"{run.stage_2_end:,} steps"
+        found.append((settled, f"until {run.run} reached its target sparsity (paper: {stages.PAPER_SETTLING_STEPS})"))
+    return found
+
+
+def _policy(script: str) -> str:
+    """Nothing is loaded from anywhere, and no script runs but the page's own."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def _asset(name: str) -> str:
+    return files("remoe.analysis").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _names(runs: Sequence[RunRecord]) -> str:
+    return ", ".join(run.name for run in runs)
+
+
+def _header(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> Html:
+    title = "One run, looked at closely" if len(runs) == 1 else f"{len(runs)} runs, side by side"
+    tiles = [tag("div", tag("b", value), tag("span", what), class_="tile") for value, what in headlines(runs)]
+    links = [tag("a", figure.title, href=f"#{figure.key}") for figure in figures]
+    return tag(
+        "header",
+        tag("h1", title),
+        tag("button", "◐ auto", class_="theme", type="button", aria_label="Change between light and dark"),
+        tag("p", _names(runs), class_="lead"),
+        tag("div", *tiles, class_="tiles"),
+        tag("nav", *links, tag("a", "Data and settings", href="#settings"), aria_label="Figures"),
+    )
+
+
+def _settings(runs: Sequence[RunRecord]) -> Html:
+    return tag(
+        "section",
+        tag("h2", "Data and settings"),
+        tag("p", "What the runs read and how they were set up; enough to start them again.", class_="says"),
+        *(_setting(run) for run in runs),
+        id="settings",
+        class_="figure",
+    )
+
+
+def _setting(run: RunRecord) -> Html:
+    return tag(
+        "details",
+        tag("summary", run.name),
+        tag("div", _tree(run.corpus).to_html(), class_="scroll", tabindex=0),
+        tag("pre", _yaml(run.config), tabindex=0),
+    )
+
+
+def _tree(values: Mapping[str, Any]) -> Table:
+    """Nested values as rows of dotted key and value."""
+    return Table(columns=("corpus", "value"), rows=tuple(_leaves("", values)))
+
+
+def _leaves(prefix: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in _leaves(f"{prefix}.{key}".lstrip("."), item)]
+    if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+        return [leaf for index, item in enumerate(value) for leaf in _leaves(f"{prefix}.{index}", item)]
+    if isinstance(value, list):
+        return [(prefix, ", ".join(map(str, value)))]
+    return [(prefix, show(value) if isinstance(value, int | float | str | None) else str(value))]
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _footer() -> Html:
+    text = "Made by remoe. The file needs no network: every number is in it, and analysis.json beside it has them all."
+    return tag("footer", join([tag("p", text)]))

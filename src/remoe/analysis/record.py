@@ -1,0 +1,114 @@
+"""What the figures know of a run: its log, its routing counts and some of its text; plain data, kept as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.metrics import Metrics
+from remoe.errors import CheckpointError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """The start of a validation document: its tokens and how many experts each used in each MoE layer."""
+
+    domain: str
+    tokens: tuple[str, ...]
+    active_TL: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A prompt from the validation text and how the model goes on."""
+
+    domain: str
+    prompt: str
+    continuation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run. `counts` is None for a dense model; `token_texts` are the texts of `counts.token_ids_U`."""
+
+    name: str
+    router: str
+    config: Mapping[str, Any]
+    corpus: Mapping[str, Any]
+    total_parameters: int
+    active_parameters: int
+    metrics: Metrics
+    counts: RoutingCounts | None
+    token_texts: tuple[str, ...]
+    passages: tuple[Passage, ...]
+    generations: tuple[Generation, ...]
+
+    @property
+    def target_sparsity(self) -> float:
+        """1 - k/E."""
+        return 1 - self.config["model"]["top_k"] / self.config["model"]["num_experts"]
+
+
+def routed(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord, RoutingCounts]]:
+    """The runs that route, each with its place among all runs (its colour) and its counts."""
+    return [(index, run, run.counts) for index, run in enumerate(runs) if run.counts is not None]
+
+
+def save_records(runs: Sequence[RunRecord], path: Path) -> None:
+    """Write all that a report shows as JSON, so that it can be drawn again without the models."""
+    content = {"schema": SCHEMA, "runs": [dataclasses.asdict(run) for run in runs]}
+    path.write_text(json.dumps(content, default=_plain, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def load_records(path: Path) -> list[RunRecord]:
+    """Read what `save_records` wrote; CheckpointError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise CheckpointError(f"{path} has schema {content['schema']}, must be {SCHEMA}; run `remoe analyze` again")
+        return [_record(run) for run in content["runs"]]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; `remoe analyze RUN` writes it beside the report") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not the analysis.json of a report; `remoe analyze RUN` writes one") from None
+
+
+def _record(values: dict[str, Any]) -> RunRecord:
+    passages = [
+        Passage(domain=p["domain"], tokens=tuple(p["tokens"]), active_TL=_integers(p["active_TL"]))
+        for p in values["passages"]
+    ]
+    built = {
+        "metrics": Metrics(tuple(values["metrics"]["rows"])),
+        "counts": _counts(values["counts"]),
+        "token_texts": tuple(values["token_texts"]),
+        "passages": tuple(passages),
+        "generations": tuple(Generation(**generation) for generation in values["generations"]),
+    }
+    return RunRecord(**values | built)
+
+
+def _counts(values: dict[str, Any] | None) -> RoutingCounts | None:
+    if values is None:
+        return None
+    fields = {field.name: field.type for field in dataclasses.fields(RoutingCounts)}
+    built: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    built |= {name: _integers(values[name]) for name, kind in fields.items() if kind is np.ndarray}
+    return RoutingCounts(**built)
+
+
+def _integers(values: list[Any]) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not belong in a record")

@@ -1,0 +1,108 @@
+"""Made-up runs with the shape of real ones: a ReLU-routed, a Top-K and a dense model on the same six domains."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.metrics import Metrics
+from remoe.analysis.record import Generation, Passage, RunRecord
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the browser client that also takes README's pictures
+
+DOMAINS = ("c++ headers", "licences", "prose", "python", "stubs", "numeric <python>")
+LAYERS, EXPERTS, STEPS = 4, 8, 300
+WORDS = ("the", " of", "\n", "def", " return", "<script>alert(1)</script>", " $x$", "=1+1", "é", "self", "(", ")", ":")
+
+
+@pytest.fixture(scope="session")
+def runs() -> list[RunRecord]:
+    return make_runs()
+
+
+def make_runs() -> list[RunRecord]:
+    return [make_run("relu", "relu", 0.0), make_run("topk", "topk", 0.03), make_run("dense", "dense", 0.1)]
+
+
+def make_run(name: str, router: str, worse: float) -> RunRecord:
+    rng = np.random.default_rng(len(name))
+    counts = None if router == "dense" else make_counts(rng, router)
+    return RunRecord(
+        name=name,
+        router=router,
+        config={"name": name, "model": {"num_experts": EXPERTS, "top_k": 1, "router": router}},
+        corpus={"domains": {domain: {"documents": 12, "bytes": 345678} for domain in DOMAINS}},
+        total_parameters=4_321_000,
+        active_parameters=1_234_000,
+        metrics=Metrics(tuple(make_row(rng, router, step, worse) for step in range(1, STEPS + 1))),
+        counts=counts,
+        token_texts=() if counts is None else tuple(WORDS[i % len(WORDS)] + str(i) for i in counts.token_ids_U),
+        passages=() if counts is None else tuple(make_passage(rng, router, domain) for domain in DOMAINS),
+        generations=tuple(
+            Generation(domain=domain, prompt="def f(x):\n    return", continuation=" <b>x</b> + 1\n" * 4)
+            for domain in DOMAINS
+        ),
+    )
+
+
+def make_row(rng: np.random.Generator, router: str, step: int, worse: float) -> dict[str, Any]:
+    loss = 2.0 + worse + 3.5 * np.exp(-step / 40) + 0.05 * rng.standard_normal()
+    row: dict[str, Any] = {"step": step, "tokens": step * 4096, "lm_loss": loss, "loss": loss, "lr": 1e-3}
+    row |= {"tokens_per_second": 9000 + 500 * rng.random(), "step_seconds": 0.4, "grad_norm": 1.0, "skipped": 0}
+    if step % 50 == 0:
+        row |= {"valid_loss": loss + 0.02}
+        row["valid_loss_per_domain"] = {domain: loss + 0.1 * i for i, domain in enumerate(DOMAINS)}
+    if router == "dense":
+        return row | {"sparsity": None, "sparsity_coef": None, "sparsity_l1": None, "layers": {}}
+    sparsity = 0.875
+    if router == "relu":
+        sparsity = min(0.875 + 0.006 * rng.standard_normal(), 0.5 + 0.375 * max(0.0, (step - 70) / 30))
+    row |= {"sparsity": sparsity, "active_experts": EXPERTS * (1 - sparsity)}
+    row |= {"sparsity_coef": None, "sparsity_l1": None}
+    if router == "relu":
+        row |= {"sparsity_coef": 1e-8 * 1.2 ** min(step, 96) * 1.002**step, "sparsity_l1": 1.1 * np.exp(-step / 90)}
+    if step % 10 == 0:
+        rate = (0.01 if router == "relu" else 0.025) * (1 + 2 * np.exp(-step / 30)) * (1 + 0.1 * rng.standard_normal())
+        row |= {"flip_rate": rate, "flip_count": rate * EXPERTS}
+    row["layers"] = {"sparsity": [sparsity + 0.02 * (layer - 1.5) * (router == "relu") for layer in range(LAYERS)]}
+    return row
+
+
+def make_counts(rng: np.random.Generator, router: str) -> RoutingCounts:
+    tokens_D = np.array([4000, 1500, 4000, 4000, 3000, 4000])
+    taste_LDE = rng.dirichlet([0.7] * EXPERTS, size=(LAYERS, len(DOMAINS)))
+    load_LDE = (taste_LDE * tokens_D[:, None]).astype(np.int64)
+    if router == "relu":
+        load_LDE = (load_LDE * np.linspace(0.7, 1.3, LAYERS)[:, None, None]).astype(np.int64)
+    ids_U = np.arange(0, 120)
+    occurrences_U = np.maximum(1, (4000 / (1 + np.arange(120))).astype(np.int64))
+    mean_U = np.linspace(0.6, 2.4, 120) + 0.2 * rng.standard_normal(120) if router == "relu" else np.ones(120)
+    share_NEU = rng.dirichlet([0.2] * EXPERTS, size=(1, 120)).transpose(0, 2, 1)
+    by_active_LA = np.zeros((LAYERS, EXPERTS + 1), dtype=np.int64)
+    by_active_LA[:, 1] = tokens_D.sum()
+    if router == "relu":
+        by_active_LA[:, 0] = 2000
+    return RoutingCounts(
+        layers=tuple(range(LAYERS)),
+        top_k=1,
+        domains=DOMAINS,
+        tokens_D=tokens_D,
+        load_LDE=load_LDE,
+        tokens_by_active_LA=by_active_LA,
+        token_ids_U=ids_U,
+        occurrences_U=occurrences_U,
+        active_U=(mean_U * occurrences_U * LAYERS).astype(np.int64),
+        token_layers=(2,),
+        token_load_NEU=(share_NEU * occurrences_U).astype(np.int64),
+    )
+
+
+def make_passage(rng: np.random.Generator, router: str, domain: str) -> Passage:
+    words = tuple(WORDS[i] for i in rng.integers(0, len(WORDS), 200))
+    active_TL = np.ones((200, LAYERS), dtype=np.int64)
+    if router == "relu":
+        active_TL = rng.poisson(1.1, (200, LAYERS)).astype(np.int64)
+    return Passage(domain=domain, tokens=words, active_TL=active_TL)
