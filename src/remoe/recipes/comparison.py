@@ -1,0 +1,170 @@
+"""Train the runs of a plan that are not finished yet, then set them side by side."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from remoe.config import to_dict
+from remoe.errors import CheckpointError
+from remoe.recipes.intervals import Interval, interval
+from remoe.recipes.pairing import Pairing, check_pairing
+from remoe.recipes.plan import Plan, Trial, trials
+from remoe.recipes.results import differences, is_finished, late_mean, median_speed
+from remoe.recipes.workers import run_in_processes
+
+if TYPE_CHECKING:
+    from remoe.training import Run
+    from remoe.training.config import TrainConfig
+
+Say = Callable[[str], None]
+
+
+class Row(NamedTuple):
+    """One router's means over the seeds, and its paired difference of validation loss to the first router."""
+
+    router: str
+    valid_loss: Interval
+    difference: Interval | None
+    active_experts: float | None
+    tokens_per_second: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A finished comparison: its folder, its runs (the first router's first seed first), and a row a router."""
+
+    path: Path
+    runs: list[Path]
+    pairing: Pairing
+    rows: list[Row]
+
+
+def compare(
+    plan: Plan, *, root: Path = Path("runs"), devices: Sequence[str] = (), overwrite: bool = False, say: Say = print
+) -> Comparison:
+    """Train what is missing and compare; finished runs stay, interrupted ones go on (`overwrite`: all anew).
+
+    `devices`: spread the runs over these, each run a process of its own; none: here, one after another.
+    Writes comparison.json beside the runs.
+    """
+    planned = trials(plan)
+    todo = [trial for trial in planned if overwrite or not _is_done(trial, root)]
+    pairing = check_pairing(planned, _prepare_data(planned[0].config))
+    say(str(pairing))
+    if len(todo) < len(planned):
+        say(f"{len(planned) - len(todo)} of {len(planned)} runs are finished and stay")
+    if devices:
+        run_in_processes(todo, devices, root, overwrite=overwrite, say=say)
+    else:
+        _train_here(todo, root, overwrite=overwrite)
+    return _finish(plan, planned, pairing, root)
+
+
+def summarise(planned: Sequence[Trial], root: Path) -> list[Row]:
+    """One row a router, from the finished runs' metrics."""
+    from remoe.training import Run
+
+    by_router: dict[str, list[Run]] = {}
+    for trial in planned:
+        by_router.setdefault(trial.router, []).append(Run.open(root / trial.config.name))
+    first = next(iter(by_router.values()))
+    return [_row(router, runs, first) for router, runs in by_router.items()]
+
+
+def _row(router: str, runs: Sequence["Run"], first: Sequence["Run"]) -> Row:
+    losses = [run.valid_loss for run in runs]
+    paired = [loss - other.valid_loss for loss, other in zip(losses, first, strict=True)]
+    return Row(
+        router=router,
+        valid_loss=interval(losses),
+        difference=None if runs is first else interval(paired),
+        active_experts=_mean(late_mean(run, "active_experts") for run in runs),
+        tokens_per_second=_mean(median_speed(run) for run in runs),
+    )
+
+
+def _prepare_data(config: "TrainConfig") -> int:
+    """Read (and cache) the text once before any run, so that a mistake in it comes first; the tokenizer's size."""
+    from remoe.data import open_corpus
+
+    return open_corpus(config.data, config.seed).tokenizer.vocab_size
+
+
+def _is_done(trial: Trial, root: Path) -> bool:
+    """Whether the run is there and finished; CheckpointError if it was trained with other settings."""
+    from remoe.training import Run
+
+    path = root / trial.config.name
+    if not (path / "config.yaml").exists():
+        return False
+    run = Run.open(path)
+    if not is_finished(run):
+        return False
+    changed = _settings_that_matter(run.config, trial.config)
+    if changed:
+        key, (before, after) = next(iter(changed.items()))
+        raise CheckpointError(
+            f"{path} was trained with {key} = {before}, not {after}; give the comparison another name, or --overwrite"
+        )
+    return True
+
+
+def _settings_that_matter(before: "TrainConfig", after: "TrainConfig") -> dict[str, tuple[Any, Any]]:
+    """Differing settings that decide a finished run's result; what only changes its speed or place does not."""
+    from remoe.training.resume import CHANGEABLE
+
+    changed = differences(to_dict(before), to_dict(after))
+    if after.model.vocab_size is None:  # the tokenizer decides, and it is the same
+        changed.pop("model.vocab_size", None)
+    return {key: values for key, values in changed.items() if key not in CHANGEABLE - {"train.steps"}}
+
+
+def _train_here(todo: Sequence[Trial], root: Path, *, overwrite: bool) -> None:
+    from remoe.training import train
+    from remoe.training.progress import terminal_reporter
+
+    for trial in todo:
+        train(trial.config, resume=not overwrite, overwrite=overwrite, root=root, reporter=terminal_reporter())
+
+
+def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) -> Comparison:
+    rows = summarise(planned, root)
+    result = Comparison(
+        path=root / plan.name, runs=[root / trial.config.name for trial in planned], pairing=pairing, rows=rows
+    )
+    values = {
+        "config": plan.config,
+        "overrides": list(plan.overrides),
+        "seeds": list(plan.seeds),
+        "pairing": pairing._asdict(),
+        "runs": {trial.config.name: _outcome(trial, root) for trial in planned},
+        "rows": [row._asdict() | {"valid_loss": row.valid_loss._asdict(), "difference": _plain(row)} for row in rows],
+    }
+    (result.path / "comparison.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _outcome(trial: Trial, root: Path) -> dict[str, Any]:
+    from remoe.training import Run
+
+    run = Run.open(root / trial.config.name)
+    return {
+        "router": trial.router,
+        "seed": trial.seed,
+        "valid_loss": run.valid_loss,
+        "active_experts": late_mean(run, "active_experts"),
+        "tokens_per_second": median_speed(run),
+        "tokens": run.tokens,
+    }
+
+
+def _plain(row: Row) -> dict[str, float | None] | None:
+    return row.difference._asdict() if row.difference else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

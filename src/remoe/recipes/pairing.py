@@ -1,0 +1,63 @@
+"""The checks that make a comparison fair: per seed, the same batches and the same shared initial values."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from remoe.recipes.plan import Trial, settings_of_batches
+
+if TYPE_CHECKING:
+    from remoe.model import ReMoEConfig
+
+
+class Pairing(NamedTuple):
+    """What was found equal: the number of parameter tensors that at least two runs of a seed share."""
+
+    seeds: int
+    shared_tensors: int
+
+    def __str__(self) -> str:
+        return (
+            "paired: runs of one seed differ in model and losses only, so they see the same batches in the same order; "
+            f"{self.shared_tensors} shared parameter tensors start with the same values, bit for bit "
+            f"({self.seeds} {'seed' if self.seeds == 1 else 'seeds'})"
+        )
+
+
+def check_pairing(planned: Sequence[Trial], vocab_size: int) -> Pairing:
+    """Assert that the runs of each seed share batches and initial values. Nothing is trained or kept in memory."""
+    by_seed: dict[int, list[Trial]] = defaultdict(list)
+    for trial in planned:
+        by_seed[trial.seed].append(trial)
+    shared = [_check_seed(runs, vocab_size) for runs in by_seed.values()]
+    return Pairing(len(shared), sum(shared))
+
+
+def _check_seed(runs: Sequence[Trial], vocab_size: int) -> int:
+    batches = [settings_of_batches(trial.config) for trial in runs]
+    assert all(settings == batches[0] for settings in batches), f"seed {runs[0].seed}: runs do not share their batches"
+    digests: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for trial in runs:
+        for name, shape, digest in _initial_values(trial.config.model, vocab_size, trial.seed):
+            digests[name, shape].append(digest)
+    differing = [name for (name, _), found in digests.items() if len(set(found)) > 1]
+    assert not differing, f"seed {runs[0].seed}: {differing[0]} does not start with the same values in every run"
+    return sum(len(found) > 1 for found in digests.values())
+
+
+def _initial_values(config: "ReMoEConfig", vocab_size: int, seed: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and digest of each parameter's first values, drawn one at a time."""
+    import dataclasses
+
+    import torch
+
+    from remoe.model import ReMoEForCausalLM
+    from remoe.model.init import initial_values
+
+    config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+    with torch.device("meta"):
+        model = ReMoEForCausalLM(config, seed)
+    for name, parameter in model.named_parameters():
+        values = initial_values(name, parameter.shape, config, seed)
+        yield name, tuple(parameter.shape), hashlib.blake2b(values.numpy().data).hexdigest()
