@@ -1,0 +1,59 @@
+"""`remoe plan`: what a model costs, without building it."""
+
+from typing import TYPE_CHECKING, Any
+
+from remoe.cli.options import AsJson, Config, Overrides
+from remoe.cli.table import table
+
+if TYPE_CHECKING:
+    from remoe.model import ReMoEConfig
+    from remoe.training.config import TrainConfig
+
+GIB = 2**30
+
+
+def plan_command(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Parameters, FLOPs and memory of a model.
+
+    For training on one device, without building it.
+    """
+    import dataclasses
+    import json
+
+    from remoe.model.size import Workload, plan
+    from remoe.recipes import read_config
+
+    run = read_config(config, overrides or ())
+    workload = Workload(
+        sequence_length=run.data.sequence_length,
+        micro_batch_size=run.train.micro_batch,
+        precision=run.train.precision,
+        activation_checkpointing=run.train.activation_checkpointing,
+    )
+    values = dataclasses.asdict(plan(_model(run), workload))
+    values["tokens"] = run.train.steps * run.train.batch_size * run.data.sequence_length
+    values["training_flops"] = values["tokens"] * values["flops_per_token"]
+    print(json.dumps(values, indent=1) if as_json else _text(values))
+
+
+def _model(run: "TrainConfig") -> "ReMoEConfig":
+    """The model with its vocabulary: the config's, else the tokenizer's."""
+    import dataclasses
+
+    from remoe.data import load_tokenizer
+
+    if run.model.vocab_size is not None:
+        return run.model
+    return dataclasses.replace(run.model, vocab_size=load_tokenizer(run.data.tokenizer).vocab_size)
+
+
+def _text(values: dict[str, Any]) -> str:
+    memory = [(f"memory: {part.replace('_', ' ')}", f"{size / GIB:.2f} GiB") for part, size in values["memory"].items()]
+    rows = [
+        ("parameters", f"{values['parameters']['total']:,}"),
+        ("active per token", f"{values['parameters']['active']:,}"),
+        ("FLOPs per token", f"{values['flops_per_token']:,}"),
+        ("tokens", f"{values['tokens']:,}"),
+        ("FLOPs of the run", f"{values['training_flops']:.3e}"),
+    ]
+    return table(("what", "amount"), [*rows, *memory])

@@ -1,0 +1,34 @@
+"""The rows of a comparison as a table."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from remoe.cli.table import number, table
+
+if TYPE_CHECKING:
+    from remoe.recipes.comparison import Row
+
+
+def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
+    """The rows of a comparison as text."""
+    first = rows[0].router
+    header = ("router", "valid loss", f"minus {first}", "95 % interval", "active experts", "tokens/s")
+    lines = [
+        (
+            row.router,
+            number(row.valid_loss.mean, ".4f"),
+            number(row.difference.mean, "+.4f") if row.difference else "",
+            _ends(row),
+            number(row.active_experts, ".3f"),
+            number(row.tokens_per_second, ",.0f"),
+        )
+        for row in rows
+    ]
+    note = "" if num_seeds > 1 else "\none seed: no interval; --seeds 0,1,2 gives one"
+    return table(header, lines) + note
+
+
+def _ends(row: "Row") -> str:
+    if row.difference is None or row.difference.low is None:
+        return ""
+    return f"{row.difference.low:+.4f} to {row.difference.high:+.4f}"

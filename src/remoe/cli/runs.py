@@ -1,0 +1,46 @@
+"""`remoe runs`: the runs there are, and how two of them differ."""
+
+from pathlib import Path
+
+import typer
+
+from remoe.cli.diff import diff_command
+from remoe.cli.options import RUNS, Root
+from remoe.cli.table import number, table
+
+runs_app = typer.Typer(help="List runs, or show how two differ.")
+runs_app.command("diff", epilog="Example: remoe runs diff runs/a runs/b")(diff_command)
+
+
+@runs_app.callback(invoke_without_command=True, epilog="Example: remoe runs diff runs/a runs/b")
+def runs_command(context: typer.Context, root: Root = RUNS) -> None:
+    """List runs, or show how two differ (`diff`)."""
+    if context.invoked_subcommand is None:
+        paths = sorted(metrics.parent for metrics in root.rglob("metrics.jsonl"))
+        lines = [_line(path, root) for path in paths if (path / "config.yaml").exists()]
+        header = ("run", "state", "steps", "valid loss", "sparsity", "active experts", "last change")
+        print(table(header, lines) if lines else f"no runs in {root}; `remoe demo` makes three")
+
+
+def _line(path: Path, root: Path) -> tuple[str, ...]:
+    from datetime import datetime
+
+    from remoe.errors import RemoeError
+    from remoe.recipes.results import is_finished, late_mean
+    from remoe.training import Run
+
+    name = str(path.relative_to(root))
+    try:
+        run = Run.open(path)
+    except RemoeError:  # one that another version wrote, say; `remoe runs diff` and others tell what is wrong
+        return (name, "unreadable", *[""] * 5)
+    changed = datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime)
+    return (
+        name,
+        "finished" if is_finished(run) else "interrupted",
+        f"{run.step}/{run.config.train.steps}",
+        number(run.valid_loss, ".4f"),
+        number(late_mean(run, "sparsity"), ".3f"),
+        number(late_mean(run, "active_experts"), ".3f"),
+        f"{changed:%Y-%m-%d %H:%M}",
+    )
