@@ -38,6 +38,21 @@ def check_resume(config: TrainConfig, checkpoint: Checkpoint) -> None:
         )
 
 
+def check_corpus(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise ConfigError where the text is not the one that the checkpoint was trained on, though its path is."""
+    saved = checkpoint.record["corpus"]
+    for key in ("tokenizer", "train", "validation"):
+        if manifest[key] != saved[key]:
+            raise ConfigError(
+                f"data.{key} is now {_brief(manifest[key])}, but {checkpoint.path} was trained with "
+                f"{_brief(saved[key])}; bring the text back, or use another name (or --overwrite) for a new run"
+            )
+
+
+def _brief(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's global generators that a run may draw from: the CPU's and its device's."""
     states = {"random.cpu": torch.get_rng_state()}

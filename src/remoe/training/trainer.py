@@ -15,7 +15,7 @@ from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
 from remoe.training.metrics import Metrics, MetricsFile, cut_back
 from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
-from remoe.training.resume import random_state, set_random_state
+from remoe.training.resume import check_corpus, random_state, set_random_state
 from remoe.training.run import Run
 from remoe.training.schedule import learning_rate
 from remoe.training.signals import RunStoppedError, StopRequest
@@ -58,6 +58,7 @@ class Trainer:
 
     def restore(self, start: Checkpoint) -> None:
         """Put everything back as it was when the checkpoint was written."""
+        check_corpus(self.corpus.manifest, start)
         start.load(self.stepper.tensors())
         self.step = self.saved_step = start.step
         self.best = start.record["best"]
@@ -173,6 +174,7 @@ class Trainer:
             "step": self.step,
             "config": to_dict(self.config),
             "best": self.best,
+            "corpus": self.corpus.manifest,
             "device": self.stepper.device.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

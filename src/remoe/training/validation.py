@@ -37,7 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean loss per label: `loss`, `per_domain` {name: loss} and `active_experts` (per token, mean over MoE layers).
 
-    Losses are in nats. A domain without a label in the batches is left out; a dense model has no active experts (None).
+    Losses are in nats; `labels` {name: count} tells how many labels they are over. A domain without a label in the
+    batches is left out; a dense model has no active experts (None).
     """
     device = next(model.parameters()).device
     total = _Sums(len(domains), device)
@@ -84,13 +85,12 @@ class _Sums:
             self.tokens += count_tokens(routing)
 
     def result(self, domains: Sequence[str]) -> dict[str, Any]:
-        losses, labels = self.losses_D.tolist(), self.labels_D.tolist()
+        losses, counts = self.losses_D.tolist(), self.labels_D.tolist()
+        seen = [index for index, count in enumerate(counts) if count]
         tokens = int(self.tokens)
         return {
-            "loss": sum(losses) / sum(labels) if sum(labels) else math.nan,
-            "per_domain": {
-                name: loss / count for name, loss, count in zip(domains, losses, labels, strict=True) if count
-            },
+            "loss": sum(losses) / sum(counts) if seen else math.nan,
+            "per_domain": {domains[index]: losses[index] / counts[index] for index in seen},
             "active_experts": int(self.active) / tokens if tokens else None,
-            "labels": sum(labels),
+            "labels": {domains[index]: counts[index] for index in seen},
         }

@@ -1,0 +1,141 @@
+"""Loss, bits per byte and character, and perplexity of a checkpoint on held-out text, per domain."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remoe.data import Batch, Corpus, DataConfig, open_corpus, validation_batches
+from remoe.errors import ConfigError
+from remoe.eval.text_size import TextSize, sizes_by_domain
+from remoe.model import ReMoEForCausalLM
+from remoe.training.config import TrainConfig
+from remoe.training.loading import config_of, find_checkpoint, is_export, load, load_checkpoint
+from remoe.training.run import TOKENIZER
+from remoe.training.setup import pick_device
+from remoe.training.validation import evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well a text is predicted. `loss` is in nats per token; bits count the text that the tokens stand for."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    bits_per_character: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of one model: of all text together and of each domain; experts per token (None: a dense model)."""
+
+    total: Score
+    per_domain: dict[str, Score]
+    active_experts: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def evaluate_checkpoint(
+    path: Path | str,
+    data: DataConfig | None = None,
+    *,
+    num_sequences: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> Evaluation:
+    """Score a run, a checkpoint or an export on the validation part of its own data, or of `data`.
+
+    `num_sequences` defaults to what the run's validations use; an export needs `data`. The text is tokenised with the
+    run's own tokenizer. Raises ConfigError, DataError or CheckpointError for what does not fit together.
+    """
+    path = Path(path)
+    target = pick_device(device)
+    model, config = _open(path, data)
+    corpus = open_corpus(config.data, seed=config.seed)
+    _check_vocabulary(model, corpus, path)
+    sequences = num_sequences or config.train.validation_batches * config.train.batch_size
+    batches = list(_first_sequences(corpus, config.data.sequence_length, batch_size, sequences))
+    result = evaluate(
+        model.to(target),
+        batches,
+        corpus.validation.domains,
+        document_mask=config.data.document_mask,
+        precision=config.train.precision if target.type == "cuda" else "fp32",
+    )
+    return summarise(result, _text_sizes(batches, corpus))
+
+
+def summarise(result: dict[str, Any], sizes: dict[str, TextSize]) -> Evaluation:
+    """Scores from the mean losses and label counts of `training.validation.evaluate` and the sizes of the text."""
+    per_domain = {
+        name: _score(loss * result["labels"][name], result["labels"][name], sizes[name])
+        for name, loss in result["per_domain"].items()
+    }
+    nats = sum(score.loss * score.tokens for score in per_domain.values())
+    whole = TextSize(*(sum(column) for column in zip(*sizes.values(), strict=True)))
+    total = _score(nats, sum(result["labels"].values()), whole)
+    return Evaluation(total=total, per_domain=per_domain, active_experts=result["active_experts"])
+
+
+def _score(nats: float, tokens: int, size: TextSize) -> Score:
+    bits = nats / math.log(2)
+    return Score(
+        loss=nats / tokens,
+        perplexity=math.exp(min(nats / tokens, 700.0)),  # above that a float overflows
+        bits_per_byte=bits / max(1, size.num_bytes),
+        bits_per_character=bits / max(1, size.num_characters),
+        tokens=tokens,
+    )
+
+
+def _open(path: Path, data: DataConfig | None) -> tuple[ReMoEForCausalLM, TrainConfig]:
+    """The model, and the config to evaluate it with."""
+    if is_export(path):
+        if data is None:
+            raise ConfigError(f"{path} is an export and does not know its text; give the data to evaluate on")
+        return load(path), TrainConfig(data=data)
+    found = find_checkpoint(path)
+    config = config_of(found)
+    if data is not None:
+        config = dataclasses.replace(config, data=_with_tokenizer(data, found.path.parent.parent / TOKENIZER))
+    return load_checkpoint(found), config
+
+
+def _first_sequences(corpus: Corpus, sequence_length: int, batch_size: int, sequences: int) -> Iterator[Batch]:
+    """Exactly `sequences` (one a domain at least, or all there are), whatever the batch size."""
+    left = max(sequences, len(corpus.validation.domains))
+    for batch in validation_batches(corpus.validation, sequence_length, batch_size, math.ceil(left / batch_size)):
+        yield Batch(*(values[:left] for values in batch))
+        left -= len(batch.tokens_BS)
+
+
+def _with_tokenizer(data: DataConfig, folder: Path) -> DataConfig:
+    return dataclasses.replace(data, tokenizer=str(folder)) if folder.is_dir() else data
+
+
+def _check_vocabulary(model: ReMoEForCausalLM, corpus: Corpus, path: Path) -> None:
+    size = model.config.vocab_size
+    if size is not None and corpus.tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"data.tokenizer is {corpus.tokenizer.name} with {corpus.tokenizer.vocab_size} ids, but the model in "
+            f"{path} has {size}; name the tokenizer it was trained with"
+        )
+
+
+def _text_sizes(batches: list[Batch], corpus: Corpus) -> dict[str, TextSize]:
+    sizes: dict[str, TextSize] = {}
+    for name, size in _all_sizes(batches, corpus):
+        sizes[name] = sizes.get(name, TextSize()).plus(size)
+    return sizes
+
+
+def _all_sizes(batches: list[Batch], corpus: Corpus) -> Iterator[tuple[str, TextSize]]:
+    for batch in batches:
+        yield from sizes_by_domain(batch, corpus.validation.domains, corpus.tokenizer).items()
