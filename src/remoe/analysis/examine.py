@@ -9,7 +9,7 @@ import torch
 from remoe.analysis.collect import RoutingCounts, collect
 from remoe.analysis.metrics import thinned
 from remoe.analysis.record import Generation, Passage, RunRecord
-from remoe.config import to_dict
+from remoe.config import to_dict, to_yaml
 from remoe.data import Corpus, Tokenizer, load_saved_tokenizer, open_corpus, validation_batches
 from remoe.data.dataset import AnyDataset
 from remoe.errors import CheckpointError, DataError
@@ -17,16 +17,24 @@ from remoe.model import ReMoEForCausalLM
 from remoe.model.size import parameter_count
 from remoe.moe import stats
 from remoe.training import Run, load
+from remoe.training.run import TOKENIZER
 
 COUNTED_TOKENS = 200_000
 PASSAGE_TOKENS = 240
 PROMPT_TOKENS = 48
 NEW_TOKENS = 160
+LEAST_TOKENS = 16
 SHOWN_DOMAINS = 6
 
 
-def examine(path: Path) -> RunRecord:
-    """Everything a report needs of one run.
+def examine_all(paths: Sequence[Path]) -> list[RunRecord]:
+    """Everything a report needs of some runs; text that several of them read is opened once."""
+    corpora: dict[str, Corpus] = {}
+    return [examine(path, corpora) for path in paths]
+
+
+def examine(path: Path, corpora: dict[str, Corpus]) -> RunRecord:
+    """Everything a report needs of one run; `corpora` keeps opened text by its settings.
 
     Raises CheckpointError for a folder that is not a run or has no step logged, DataError if its text has gone or was
     tokenised differently.
@@ -35,7 +43,7 @@ def examine(path: Path) -> RunRecord:
     rows = run.metrics()
     if not rows:
         raise CheckpointError(f"{path} has logged no step yet; train it first: remoe train {path}/config.yaml --resume")
-    corpus, tokenizer = _corpus(run)
+    corpus, tokenizer = _corpus(run, corpora)
     model = load(path).to(_device(run.config.train.device))
     size = parameter_count(model.config)
     counts = _counts(model, run, corpus.validation)
@@ -56,11 +64,14 @@ def examine(path: Path) -> RunRecord:
 
 
 def document_starts(dataset: AnyDataset, num_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
-    """For each domain its name and the start of its first document that is long enough, or of its longest."""
+    """For each domain its name and the start of its first document that is long enough, or of its longest.
+
+    A domain without a document worth showing is left out.
+    """
     lengths_D, domain_D = np.asarray(dataset.lengths), np.asarray(dataset.domain_of_document)
     for index, name in enumerate(dataset.domains[:SHOWN_DOMAINS]):
         members = np.flatnonzero(domain_D == index)
-        if not len(members):
+        if not len(members) or lengths_D[members].max() < LEAST_TOKENS:
             continue
         long_enough = members[lengths_D[members] >= num_tokens]
         chosen = long_enough[0] if len(long_enough) else members[np.argmax(lengths_D[members])]
@@ -80,13 +91,16 @@ def passage(model: ReMoEForCausalLM, tokenizer: Tokenizer, domain: str, ids_T: n
 def generate(
     model: ReMoEForCausalLM, tokenizer: Tokenizer, starts: Sequence[tuple[str, np.ndarray]]
 ) -> Iterator[Generation]:
-    """A continuation of the first tokens of each text, sampled with a fixed seed."""
+    """A continuation of the first tokens of each text, as many from each, sampled with a fixed seed."""
     device = next(model.parameters()).device
-    for domain, ids_T in starts:
-        prompt_BS = torch.as_tensor(ids_T[:PROMPT_TOKENS], dtype=torch.int64, device=device)[None]
-        out_BS = model.generate(prompt_BS, NEW_TOKENS, temperature=0.8, top_k=50, stop_tokens=(tokenizer.eod,), seed=0)
-        prompt, continuation = out_BS[0, : prompt_BS.shape[1]].tolist(), out_BS[0, prompt_BS.shape[1] :].tolist()
-        yield Generation(domain=domain, prompt=tokenizer.decode(prompt), continuation=tokenizer.decode(continuation))
+    if not starts:
+        return
+    length = min([PROMPT_TOKENS, *(len(ids_T) for _, ids_T in starts)])
+    prompt_BS = torch.as_tensor(np.stack([ids_T[:length] for _, ids_T in starts]), dtype=torch.int64, device=device)
+    out_BS = model.generate(prompt_BS, NEW_TOKENS, temperature=0.8, top_k=50, stop_tokens=(tokenizer.eod,), seed=0)
+    for (domain, _), ids_S in zip(starts, out_BS.tolist(), strict=True):
+        prompt, continuation = tokenizer.decode(ids_S[:length]), tokenizer.decode(ids_S[length:])
+        yield Generation(domain=domain, prompt=prompt, continuation=continuation)
 
 
 def readable(tokenizer: Tokenizer, token_id: int) -> str:
@@ -95,9 +109,12 @@ def readable(tokenizer: Tokenizer, token_id: int) -> str:
     return tokenizer.token_text(token_id) if not text or "�" in text else text
 
 
-def _corpus(run: Run) -> tuple[Corpus, Tokenizer]:
-    tokenizer = load_saved_tokenizer(run.path / "tokenizer")
-    corpus = open_corpus(run.config.data, run.config.seed)
+def _corpus(run: Run, corpora: dict[str, Corpus]) -> tuple[Corpus, Tokenizer]:
+    tokenizer = load_saved_tokenizer(run.path / TOKENIZER)
+    settings = to_yaml(run.config.data)
+    if settings not in corpora:
+        corpora[settings] = open_corpus(run.config.data, run.config.seed)
+    corpus = corpora[settings]
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{run.path} was trained with tokenizer {tokenizer.name!r}, but its data now opens with another one, "

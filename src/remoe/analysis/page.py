@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -10,7 +10,7 @@ from remoe.analysis import palette
 from remoe.analysis.figure import Figure
 from remoe.analysis.figures import stages, summary
 from remoe.analysis.html import Html, join, tag
-from remoe.analysis.record import RunRecord
+from remoe.analysis.record import RunRecord, setups
 from remoe.analysis.table import Table, show
 
 
@@ -37,18 +37,27 @@ def render(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> str:
 
 
 def headlines(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """The few numbers that come first: (value, what it is)."""
-    found = []
-    for run in summary.numbers(runs):
-        if run.valid_loss is not None:
-            found.append((f"{run.valid_loss:.4f}", f"validation loss, {run.run}"))
-    for run in summary.numbers(runs):
-        if run.active_experts is not None:
-            found.append((f"{run.active_experts:.2f}", f"experts per token and layer, {run.run}"))
-    for run in stages.numbers(runs):
-        settled = "not yet" if run.stage_2_end is None else f"{run.stage_2_end:,} steps"
-        found.append((settled, f"until {run.run} reached its target sparsity (paper: {stages.PAPER_SETTLING_STEPS})"))
-    return found
+    """The few numbers that come first: (value, what it is). Runs that differ only in their seed are averaged."""
+    groups = setups(runs)
+    summaries = [(_group_name(group), summary.numbers(group)) for group in groups]
+    losses = [(name, _mean(run.valid_loss for run in group)) for name, group in summaries]
+    experts = [(name, _mean(run.active_experts for run in group)) for name, group in summaries]
+    settled = [(_group_name(group), _mean(run.stage_2_end for run in stages.numbers(group))) for group in groups]
+    target = f"reached its target sparsity (paper: {stages.PAPER_SETTLING_STEPS})"
+    return [
+        *((f"{loss:.4f}", f"validation loss, {name}") for name, loss in losses if loss is not None),
+        *((f"{count:.2f}", f"experts per token and layer, {name}") for name, count in experts if count is not None),
+        *((f"{steps:,.0f} steps", f"until {name} {target}") for name, steps in settled if steps is not None),
+    ]
+
+
+def _group_name(group: Sequence[RunRecord]) -> str:
+    return group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more seeds (mean)"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _policy(script: str) -> str:

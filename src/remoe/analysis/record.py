@@ -14,6 +14,7 @@ from remoe.analysis.metrics import Metrics
 from remoe.errors import CheckpointError
 
 SCHEMA = 1
+MANY_RUNS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,20 @@ class RunRecord:
 def routed(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord, RoutingCounts]]:
     """The runs that route, each with its place among all runs (its colour) and its counts."""
     return [(index, run, run.counts) for index, run in enumerate(runs) if run.counts is not None]
+
+
+def setups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """The runs in groups that differ in nothing but name and seed."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.config.items() if key not in ("name", "seed")}
+        groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def shown_as_text(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs whose tokens and texts a report shows: all of a few, of more than four the first of each setup."""
+    return list(runs) if len(runs) <= MANY_RUNS else [group[0] for group in setups(runs)]
 
 
 def save_records(runs: Sequence[RunRecord], path: Path) -> None:

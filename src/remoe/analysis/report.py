@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from remoe.analysis import page
-from remoe.analysis.examine import examine
+from remoe.analysis.examine import examine_all
 from remoe.analysis.figures import (
     domain_activity,
     domain_share,
@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Path], to: Path) -> Path:
     """
     if not runs:
         raise ConfigError("no run was given to report on; name at least one folder below runs/")
-    return draw_report(_named_apart([examine(Path(run)) for run in runs]), Path(to))
+    return draw_report(_named_apart(examine_all([Path(run) for run in runs])), Path(to))
 
 
 def redraw_report(analysis: Path, to: Path) -> Path:

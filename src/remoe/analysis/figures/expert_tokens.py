@@ -8,10 +8,11 @@ import numpy as np
 from remoe.analysis.collect import RoutingCounts
 from remoe.analysis.figure import Chart, Figure
 from remoe.analysis.html import Html, tag, visible
-from remoe.analysis.record import RunRecord, routed
+from remoe.analysis.record import RunRecord, routed, shown_as_text
 from remoe.analysis.table import Table
 
 MIN_OCCURRENCES = 20
+MIN_SHARE = 0.01
 LISTED = 8
 MAX_EXPERTS = 16
 
@@ -32,7 +33,7 @@ def numbers(runs: Sequence[RunRecord]) -> list[TokenShare]:
     """For each run, layer with token counts, and expert: the ids with the largest shares, largest first."""
     return [
         share
-        for _, run, counts in routed(runs)
+        for _, run, counts in routed(shown_as_text(runs))
         for place in range(len(counts.token_layers))
         for expert in range(counts.num_experts)
         for share in favourites(run, counts, place, expert)
@@ -54,13 +55,13 @@ def favourites(run: RunRecord, counts: RoutingCounts, place: int, expert: int) -
             occurrences=int(counts.occurrences_U[often_U[index]]),
         )
         for index in order
-        if share_U[index] > 0
+        if share_U[index] >= MIN_SHARE
     ]
 
 
-def draw(shares: Sequence[TokenShare]) -> Html:
-    """A list of tokens for each expert of one run and layer."""
-    experts = sorted({share.expert for share in shares})[:MAX_EXPERTS]
+def draw(shares: Sequence[TokenShare], num_experts: int) -> Html:
+    """A list of tokens for each expert of one run and layer, the first 16 of them."""
+    experts = range(min(num_experts, MAX_EXPERTS))
     cards = [_card(expert, [share for share in shares if share.expert == expert]) for expert in experts]
     return tag("div", *cards, class_="experts")
 
@@ -70,11 +71,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
     shares = numbers(runs)
     if not shares:
         return None
-    middles = [(run, counts.layers[len(counts.layers) // 2]) for _, run, counts in routed(runs)]
-    charts = [
-        Chart(f"{run.name}, layer {layer}", draw([s for s in shares if (s.run, s.layer) == (run.name, layer)]))
-        for run, layer in middles
-    ]
+    charts = [_chart(run, counts, shares) for _, run, counts in routed(shown_as_text(runs))]
     return Figure(
         key="expert-tokens",
         title="What each expert likes",
@@ -89,6 +86,12 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
     )
 
 
+def _chart(run: RunRecord, counts: RoutingCounts, shares: Sequence[TokenShare]) -> Chart:
+    layer = counts.layers[len(counts.layers) // 2]
+    here = [share for share in shares if (share.run, share.layer) == (run.name, layer)]
+    return Chart(f"{run.name}, layer {layer}", draw(here, counts.num_experts))
+
+
 def _card(expert: int, shares: Sequence[TokenShare]) -> Html:
     items = [
         tag(
@@ -99,7 +102,8 @@ def _card(expert: int, shares: Sequence[TokenShare]) -> Html:
         )
         for share in shares
     ]
-    return tag("div", tag("h4", f"Expert {expert}"), tag("ol", *items, class_="tokens"))
+    tokens = tag("ol", *items, class_="tokens") if items else tag("p", "takes no token often", class_="note")
+    return tag("div", tag("h4", f"Expert {expert}"), tokens)
 
 
 def _table(shares: Sequence[TokenShare]) -> Table:

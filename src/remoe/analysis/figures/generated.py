@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from remoe.analysis.figure import Chart, Figure
 from remoe.analysis.html import Html, tag
-from remoe.analysis.record import Generation, RunRecord
+from remoe.analysis.record import Generation, RunRecord, shown_as_text
 from remoe.analysis.table import Table
 
 
@@ -19,7 +19,9 @@ class Sample:
 
 def numbers(runs: Sequence[RunRecord]) -> list[Sample]:
     """Domain by domain, the runs beside each other."""
-    found = [Sample(run=run.name, generation=generation) for run in runs for generation in run.generations]
+    found = [
+        Sample(run=run.name, generation=generation) for run in shown_as_text(runs) for generation in run.generations
+    ]
     order = list(dict.fromkeys(sample.generation.domain for sample in found))
     return sorted(found, key=lambda sample: order.index(sample.generation.domain))
 
@@ -41,7 +43,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
         says="What each model writes after the start of a validation document (the start is grey).",
         source="remoe",
         charts=tuple(Chart(f"{s.run}, {s.generation.domain}", draw(s.generation)) for s in samples),
-        columns=min(3, len(runs)),
+        columns=min(3, len(shown_as_text(runs))),
         table=_table(samples),
     )
 

@@ -87,7 +87,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def _depth(layer: int, deepest: int) -> float:
-    return 0.25 + 0.74 * layer / max(1, deepest)
+    return 0.4 + 0.59 * layer / max(1, deepest)
 
 
 def _paint_training(run: LayerSparsity) -> Any:
@@ -98,6 +98,7 @@ def _paint_training(run: LayerSparsity) -> Any:
             line(axes, run.steps, values, 0, **style)
         axes.axhline(run.target, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         axes.set_ylim(min(0.4, float(np.nanmin(run.sparsity_NL)) - 0.02), 1.01)
+        axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel("sparsity")
         compact_ticks(axes.xaxis)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from remoe.analysis.drawing import compact
 from remoe.analysis.figure import Chart, Figure
 from remoe.analysis.html import Html, tag
 from remoe.analysis.record import RunRecord
@@ -32,19 +33,21 @@ def numbers(runs: Sequence[RunRecord]) -> list[RunSummary]:
     return [_summary(run) for run in runs]
 
 
-def draw(summaries: Sequence[RunSummary]) -> Html:
-    """The runs as rows; the lowest loss of each column is marked."""
-    table = _table(summaries)
-    lower_is_better = {2, *range(_LOSSES_FROM, len(table.columns))}
-    best = {column: _lowest(row[column] for row in table.rows) for column in lower_is_better}
-    head = tag("tr", *(tag("th", name, scope="col") for name in table.columns))
-    body = [_row(row, best if len(summaries) > 1 else {}) for row in table.rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll wide", tabindex=0)
+def draw(summaries: Sequence[RunSummary]) -> list[Chart]:
+    """The runs as rows, and their losses by domain; the lowest loss of each column is marked."""
+    charts = [Chart("", _grid(_main_table(summaries), {2}))]
+    domains = _domain_table(summaries)
+    if len(domains.columns) > 2:
+        charts.append(Chart("Validation loss by domain", _grid(domains, set(range(1, len(domains.columns))))))
+    return charts
 
 
 def figure(runs: Sequence[RunRecord]) -> Figure:
     """The figure; there is always one."""
     summaries = numbers(runs)
+    main, domains = _main_table(summaries), _domain_table(summaries)
+    rows = tuple(left + right[1:] for left, right in zip(main.rows, domains.rows, strict=True))
+    losses = tuple(f"loss: {name}" for name in domains.columns[1:])
     return Figure(
         key="summary",
         title="The runs",
@@ -53,25 +56,10 @@ def figure(runs: Sequence[RunRecord]) -> Figure:
             "that trained, and size."
         ),
         source="ReMoE, Tables 2 and 7",
-        charts=(Chart("", draw(summaries)),),
+        charts=tuple(draw(summaries)),
         columns=1,
-        table=_table(summaries),
+        table=Table(columns=main.columns + losses, rows=rows),
     )
-
-
-_FIRST_COLUMNS = (
-    "run",
-    "router",
-    "validation loss",
-    "active experts / token",
-    "sparsity (last quarter)",
-    "tokens / s",
-    "tokens",
-    "steps",
-    "parameters",
-    "active parameters",
-)
-_LOSSES_FROM = len(_FIRST_COLUMNS)
 
 
 def _summary(run: RunRecord) -> RunSummary:
@@ -98,8 +86,19 @@ def _active(run: RunRecord) -> float | None:
     return float(run.counts.load_LDE.sum() / run.counts.num_tokens / len(run.counts.layers))
 
 
-def _table(summaries: Sequence[RunSummary]) -> Table:
-    domains = list(dict.fromkeys(name for summary in summaries for name in summary.per_domain))
+def _main_table(summaries: Sequence[RunSummary]) -> Table:
+    columns = (
+        "run",
+        "router",
+        "validation loss",
+        "experts per token",
+        "sparsity (last quarter)",
+        "tokens per second",
+        "tokens",
+        "steps",
+        "parameters",
+        "active parameters",
+    )
     rows = [
         (
             summary.run,
@@ -107,16 +106,29 @@ def _table(summaries: Sequence[RunSummary]) -> Table:
             summary.valid_loss,
             summary.active_experts,
             summary.sparsity,
-            summary.tokens_per_second,
+            None if summary.tokens_per_second is None else round(summary.tokens_per_second),
             summary.tokens,
             summary.steps,
             summary.total_parameters,
             summary.active_parameters,
-            *(summary.per_domain.get(name) for name in domains),
         )
         for summary in summaries
     ]
-    return Table(columns=(*_FIRST_COLUMNS, *(f"loss: {name}" for name in domains)), rows=tuple(rows))
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def _domain_table(summaries: Sequence[RunSummary]) -> Table:
+    domains = list(dict.fromkeys(name for summary in summaries for name in summary.per_domain))
+    rows = [(summary.run, *(summary.per_domain.get(name) for name in domains)) for summary in summaries]
+    return Table(columns=("run", *domains), rows=tuple(rows))
+
+
+def _grid(table: Table, lower_is_better: set[int]) -> Html:
+    """The table for reading: large numbers with a unit letter, the lowest value of some columns marked."""
+    best = {column: _lowest(row[column] for row in table.rows) for column in lower_is_better}
+    head = tag("tr", *(tag("th", name, scope="col") for name in table.columns))
+    body = [_row(row, best if len(table.rows) > 1 else {}) for row in table.rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll wide", tabindex=0)
 
 
 def _lowest(cells: Iterable[Cell]) -> float | None:
@@ -126,6 +138,12 @@ def _lowest(cells: Iterable[Cell]) -> float | None:
 def _row(row: tuple[Cell, ...], best: Mapping[int, float | None]) -> Html:
     cells = []
     for column, cell in enumerate(row):
-        text = tag("strong", show(cell)) if cell is not None and best.get(column) == cell else show(cell)
+        text = tag("strong", _show(cell)) if cell is not None and best.get(column) == cell else _show(cell)
         cells.append(tag("td", text, class_=None if isinstance(cell, str) else "number"))
     return tag("tr", *cells)
+
+
+def _show(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4f}"
+    return compact(cell) if isinstance(cell, int) and cell >= 10_000 else show(cell)

@@ -8,7 +8,7 @@ import numpy as np
 from remoe.analysis.drawing import heat_step
 from remoe.analysis.figure import Chart, Figure, Key
 from remoe.analysis.html import Html, tag, visible
-from remoe.analysis.record import Passage, RunRecord, routed
+from remoe.analysis.record import Passage, RunRecord, routed, shown_as_text
 from remoe.analysis.table import Table
 
 
@@ -32,7 +32,7 @@ def numbers(runs: Sequence[RunRecord]) -> list[ColouredPassage]:
             mean_T=passage.active_TL.mean(1),
             place_T=np.clip(passage.active_TL.mean(1) / high, 0, 1),
         )
-        for _, run, _ in routed(runs)
+        for _, run, _ in routed(shown_as_text(runs))
         for passage in run.passages
     ]
     order = list(dict.fromkeys(coloured.passage.domain for coloured in found))

@@ -84,7 +84,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def _activity(place: int, run: RunRecord, counts: Any) -> TokenActivity:
     active_U = counts.active_U / np.maximum(1, counts.occurrences_U) / len(counts.layers)
     often = np.flatnonzero(counts.occurrences_U >= MIN_OCCURRENCES)
-    order = often[np.argsort(active_U[often], kind="stable")]
+    order = often[np.lexsort((-counts.occurrences_U[often], active_U[often]))]
     return TokenActivity(
         run=run.name,
         place=place,
@@ -99,7 +99,7 @@ def _activity(place: int, run: RunRecord, counts: Any) -> TokenActivity:
 
 def _note(activity: TokenActivity) -> str:
     return (
-        f"{activity.run}: rank correlation of frequency and experts used {activity.rank_correlation:+.2f} over "
+        f"{activity.run}: rank correlation of frequency and experts used {activity.rank_correlation:+.2f}, over "
         f"{len(activity.active_U):,} entries that occur at least {MIN_OCCURRENCES} times."
     )
 
