@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from remoe.data.corpus import Corpus, open_corpus
     from remoe.data.dataset import BlendedDataset, TokenDataset
     from remoe.data.indexed import IndexedFile, IndexedWriter
-    from remoe.data.prepare import PrepareConfig, prepare
     from remoe.data.sampler import Batch, Sampler, validation_batches
     from remoe.data.tokenizer import Tokenizer, load_saved_tokenizer, load_tokenizer
 
@@ -18,15 +17,13 @@ _HOME = {
     **dict.fromkeys(("Corpus", "open_corpus"), "corpus"),
     **dict.fromkeys(("BlendedDataset", "TokenDataset"), "dataset"),
     **dict.fromkeys(("IndexedFile", "IndexedWriter"), "indexed"),
-    **dict.fromkeys(("PrepareConfig", "prepare"), "prepare"),
     **dict.fromkeys(("Batch", "Sampler", "validation_batches"), "sampler"),
     **dict.fromkeys(("Tokenizer", "load_saved_tokenizer", "load_tokenizer"), "tokenizer"),
 }
 
 __all__ = [
-    "Batch", "BlendedDataset", "Corpus", "DataConfig", "IndexedFile", "IndexedWriter", "PrepareConfig", "Sampler",
-    "TokenDataset", "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "prepare",
-    "validation_batches",
+    "Batch", "BlendedDataset", "Corpus", "DataConfig", "IndexedFile", "IndexedWriter", "Sampler", "TokenDataset",
+    "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "validation_batches",
 ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from remoe.errors import DataError
 def hold_out(dataset: TokenDataset, fraction: float, minimum: int) -> tuple[TokenDataset, TokenDataset]:
     """Split a dataset into training and validation parts of at least `minimum` tokens each, without common documents.
 
-    Of each domain with several documents at least one is held out. Text of too few documents for that is cut inside
-    one. Equal documents stay together. Raises DataError where the text is too short for two parts.
+    Each domain with several documents is held out too, with half the fraction of its tokens or more. Text of too few
+    documents for all that is cut inside one. Equal documents stay together. Raises DataError where the text is too
+    short for two parts.
     """
     if dataset.num_tokens < 2 * minimum:
         raise DataError(
@@ -22,9 +23,10 @@ def hold_out(dataset: TokenDataset, fraction: float, minimum: int) -> tuple[Toke
             "data.validation"
         )
     keys = document_keys(dataset)
-    held = _chosen(keys, dataset.domain_of_document, fraction)
+    held = _chosen(dataset, keys, fraction)
     num_held = int(dataset.lengths[held].sum())
-    if minimum <= num_held <= dataset.num_tokens - minimum:
+    most = min(dataset.num_tokens - minimum, max(2 * fraction, 0.5) * dataset.num_tokens)
+    if minimum <= num_held <= most:
         return dataset.select(~held), dataset.select(held)
     wanted = max(minimum, round(fraction * dataset.num_tokens))
     return _cut(dataset, keys, min(wanted, dataset.num_tokens - minimum))
@@ -40,18 +42,22 @@ def document_keys(dataset: TokenDataset) -> NDArray[np.uint64]:
     return keys
 
 
-def _chosen(keys: NDArray[np.uint64], domain_of_document: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    held = keys < np.uint64(int(fraction * 2.0**64))
-    for domain in np.unique(domain_of_document):
-        inside = domain_of_document == domain
-        few, many = keys[inside].min(), keys[inside].max()
-        if few == many:  # one document, perhaps several times: it is needed for training
-            held &= keys != few
-        elif not held[inside].any():
-            held |= keys == few
-        elif held[inside].all():
-            held &= keys != many
+def _chosen(dataset: TokenDataset, keys: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+    held = np.zeros(dataset.num_documents, dtype=bool)
+    for domain in np.unique(dataset.domain_of_document):
+        inside = np.flatnonzero(dataset.domain_of_document == domain)
+        order = inside[np.argsort(keys[inside], kind="stable")]
+        held[order[: _num_held(keys[order], dataset.lengths[order], fraction)]] = True
     return held
+
+
+def _num_held(keys: NDArray[np.uint64], lengths: NDArray[np.int64], fraction: float) -> int:
+    """How many of a domain's documents, sorted by key, to hold out; equal ones together, but never all."""
+    below = int(np.searchsorted(keys, np.uint64(fraction * 2.0**64)))
+    ends = np.cumsum(lengths)
+    enough = int(np.searchsorted(ends, fraction / 2 * ends[-1])) + 1  # few documents: chance may hold out next to none
+    last = keys[min(max(below, enough), len(keys)) - 1]
+    return int(min(np.searchsorted(keys, last, "right"), np.searchsorted(keys, keys[-1], "left")))
 
 
 def _cut(dataset: TokenDataset, keys: NDArray[np.uint64], wanted: int) -> tuple[TokenDataset, TokenDataset]:
