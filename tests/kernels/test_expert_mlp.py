@@ -37,7 +37,7 @@ def run_reference(routing_map, tensors):
 
 def with_gradients(run, routing_map, tensors):
     out = run(routing_map, tensors)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
     return out, *torch.autograd.grad((out * direction).sum(), tensors)
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from remoe.kernels.expert_mlp.combine import gather_sum
 
+_ROWS_A_BLOCK = 16384
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -49,13 +50,23 @@ def backward(
 
 
 def _swiglu_backward(up_N2F: Tensor, grad_act_NF: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted activation, the gradient of the pre-activations, and of the gates, computed in fp32."""
-    gate, up = up_N2F.float().chunk(2, dim=-1)
-    grad_act, sigmoid = grad_act_NF.float(), torch.sigmoid(gate)
-    silu = gate * sigmoid
-    act = silu * up
-    grad_weights_N = (grad_act * act).sum(-1)
-    grad_act = grad_act * weights_N[:, None]
-    grad_gate = grad_act * up * (sigmoid + silu * (1 - sigmoid))
-    grad_up_N2F = torch.cat((grad_gate, grad_act * silu), dim=-1).to(up_N2F.dtype)
-    return (act * weights_N[:, None]).to(up_N2F.dtype), grad_up_N2F, grad_weights_N
+    """The weighted activation, the gradient of the pre-activations, and of the gates.
+
+    Computed in fp32, a block of rows at a time: wide temporaries of all rows would double the layer's peak memory.
+    """
+    act_NF, grad_up_N2F = torch.empty_like(grad_act_NF), torch.empty_like(up_N2F)
+    grad_weights_N = torch.empty_like(weights_N)
+    for first in range(0, up_N2F.shape[0], _ROWS_A_BLOCK):
+        rows = slice(first, first + _ROWS_A_BLOCK)
+        gate, up = up_N2F[rows].float().chunk(2, dim=-1)
+        grad_act, weight = grad_act_NF[rows].float(), weights_N[rows, None]
+        silu, sigmoid = F.silu(gate), torch.sigmoid(gate)
+        act = silu * up
+        grad_weights_N[rows] = (grad_act * act).sum(-1)
+        act_NF[rows] = act.mul_(weight)
+        grad_gate, grad_up = grad_up_N2F[rows].chunk(2, dim=-1)
+        grad_act.mul_(weight)
+        grad_up.copy_(silu * grad_act)
+        # silu' = sigmoid + silu * (1 - sigmoid)
+        grad_gate.copy_(torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up).mul_(grad_act))
+    return act_NF, grad_up_N2F, grad_weights_N
