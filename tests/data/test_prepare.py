@@ -256,3 +256,8 @@ def test_a_run_stopped_while_it_tidied_up_counts_as_done(rows, tmp_path, monkeyp
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(DataError, match="exists"):
         prepare([rows], "bytes", tmp_path / "out", quiet())
+
+
+def test_worker_processes_start_without_torch():
+    program = "import sys, remoe.data.parts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
