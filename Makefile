@@ -1,19 +1,19 @@
 # Each target sets up what it needs: `make demo` and `make test` work on a fresh machine with Python 3.11+ and make.
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || echo python3)
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-# tests of one process each, on as many processes as the machine has cores
-export OMP_NUM_THREADS ?=
-
-.PHONY: setup demo test test-all lint type format bench clean
+.PHONY: setup demo test test-all lint type format bench-cpu clean
 
 setup: $(VENV)/.installed  ## create .venv and install remoe with what demo and tests need
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is too old, must be Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt $(TORCH)
 	$(PIP) install -q -c constraints.txt -e '.[data,report,dev]'
@@ -26,11 +26,11 @@ $(VENV)/.installed-all: $(VENV)/.installed
 demo: setup  ## train ReLU, Top-K and dense on text that Python ships; writes one HTML report
 	$(BIN)/remoe demo
 
-test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not heavy"
+test: setup  ## the quick tests
+	$(PYTEST) -m "not slow and not heavy"
 
-test-all: $(VENV)/.installed-all  ## also the tests that need heavy extras or minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+test-all: $(VENV)/.installed-all  ## the tests that need heavy extras or minutes
+	$(PYTEST) -m "slow or heavy"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,6 +43,9 @@ type: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-cpu: $(VENV)/.installed-all  ## one MoE layer on the CPU against a dense MLP and transformers
+	$(BIN)/python benchmarks/layer_cpu.py --output results/layer_cpu.json
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .cache

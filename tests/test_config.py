@@ -55,6 +55,9 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"train": {"micro_batch_size": 5}}, "train.micro_batch_size is 5, must divide train.batch_size = 16"),
         ({"sparsity": {"multiplier": 1.0}}, "sparsity.multiplier is 1.0, must be above 1"),
         ({"optimizer": {"schedule": "cosin"}}, "did you mean 'cosine'"),
+        ({"data": {"train": 3}}, "data.train is 3: "),
+        ({"model": 3}, "model is 3: "),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan, must be at least 0.0"),
         ({"name": "../up"}, "name is '../up'"),
     ],
 )

@@ -141,20 +141,24 @@ def _explain(cls: type, error: Any) -> str:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)
-    path = [str(part) for part in error["loc"] if str(part) != "dataclass-exact"]
+    sections, path = _locate(cls, error["loc"])
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}; {nearest(path[-1], _keys_beside(cls, path))}"
+        allowed = [field.name for field in dataclasses.fields(sections[-1])]
+        return f"unknown key {key!r}; {nearest(path[-1], allowed)}"
     return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _keys_beside(cls: type, path: Sequence[str]) -> list[str]:
-    for part in path[:-1]:
-        section = get_type_hints(cls).get(part)
+def _locate(cls: type, location: Sequence[Any]) -> tuple[list[type], list[str]]:
+    """The config classes on the way to an error, and its key; pydantic also names the types it tried there."""
+    sections, path = [cls], []
+    for part in location:
+        path.append(str(part))
+        section = get_type_hints(sections[-1]).get(str(part))
         if not dataclasses.is_dataclass(section):
             break
-        cls = section  # type: ignore[assignment]
-    return [field.name for field in dataclasses.fields(cls)]
+        sections.append(section)  # type: ignore[arg-type]
+    return sections, path
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,57 @@
+"""What `import remoe` gives and costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import remoe
+
+EXTRAS = "tokenizers pyarrow zstandard matplotlib transformers triton tensorboard wandb trackio".split()
+    "tokenizers",
+    "pyarrow",
+    "zstandard",
+    "matplotlib",
+    "transformers",
+    "triton",
+    "tensorboard",
+    "wandb",
+    "trackio",
+]
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", remoe.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(remoe, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Moe'"):
+        _ = remoe.Moe
+
+
+def test_train_stays_a_function_whatever_was_imported():
+    run_python("import remoe.training.config, remoe; assert callable(remoe.train) and remoe.train.__name__ == 'train'")
+
+
+def test_import_loads_nothing_heavy():
+    loaded = run_python("import remoe, sys; print(*sys.modules)").split()
+    heavy = {"transformers", "matplotlib", "pydantic", "typer", "rich", "yaml", "remoe.training", "remoe.data"}
+    assert heavy.isdisjoint(loaded)
+
+
+def test_core_works_with_every_extra_absent():
+    block = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+    run_python(
+        block + "import remoe, torch\n"
+        "layer = remoe.MoE(remoe.MoEConfig(hidden_size=8, intermediate_size=8))\n"
+        "layer(torch.randn(1, 4, 8))[0].sum().backward()\n"
+        "assert callable(remoe.train) and callable(remoe.load)\n"
+        "from remoe.data import load_tokenizer; load_tokenizer('bytes')"
+    )
