@@ -25,7 +25,7 @@ def sizes_by_domain(batch: Batch, domains: Sequence[str], tokenizer: Tokenizer) 
     """The text behind the labels of each domain. End-of-document labels are no text."""
     sizes: dict[str, TextSize] = {}
     for labels_S, domain_S in zip(batch.labels_BS.numpy(), batch.domain_BS.numpy(), strict=True):
-        for index in np.unique(domain_S).tolist():
+        for index in map(int, np.unique(domain_S)):
             ids = labels_S[(domain_S == index) & (labels_S != IGNORED_LABEL)]
             name = domains[index]
             sizes[name] = sizes.get(name, TextSize()).plus(text_size(ids, tokenizer))
