@@ -1,5 +1,6 @@
-"""Made-up runs with the shape of real ones: a ReLU-routed, a Top-K and a dense model on the same six domains."""
+"""Three made-up runs with the shape of real ones, and three tiny real ones: ReLU, Top-K and dense."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from remoe.analysis.collect import RoutingCounts
 from remoe.analysis.metrics import Metrics
 from remoe.analysis.record import Generation, Passage, RunRecord
+from remoe.config import from_dict
+from remoe.training import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the browser client that also takes README's pictures
 
@@ -19,8 +22,45 @@ WORDS = ("the", " of", "\n", "def", " return", "<script>alert(1)</script>", " $x
 
 
 @pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory) -> list[Path]:
+    """Three runs of 60 steps, really trained: ReLU, Top-K and dense."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [trained(folder, "relu", "relu"), trained(folder, "topk", "topk"), trained(folder, "dense", "relu", "none")]
+
+
+@pytest.fixture(scope="session")
 def runs() -> list[RunRecord]:
     return make_runs()
+
+
+def corpus_of(folder: Path) -> Path:
+    rows = []
+    for i in range(120):
+        rows.append({"text": f"def f{i}(x):\n    return x + {i}  # <script>alert({i})</script>\n" * 3, "kind": "code"})
+        rows.append({"text": f"The {i}th sentence tells of rivers, towns and {i % 7} hills. " * 3, "kind": "prose"})
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def trained(folder: Path, name: str, router: str, moe_layers: str = "all") -> Path:
+    values = {
+        "name": name,
+        "model": {
+            "hidden_size": 32, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32,
+            "num_experts": 4, "router": router, "moe_layers": moe_layers,
+        },
+        "data": {
+            "train": str(corpus_of(folder)), "domain_field": "kind", "sequence_length": 64, "cache": folder / "cache",
+            "validation_fraction": 0.2,
+        },
+        "sparsity": {"init": 1e-3},
+        "train": {
+            "steps": 60, "batch_size": 4, "validation_interval": 20, "validation_batches": 4, "flip_interval": 5,
+            "checkpoint_interval": 60,
+        },
+    }  # fmt: skip
+    return train(from_dict(TrainConfig, values), root=folder / "runs").path
 
 
 def make_runs() -> list[RunRecord]:

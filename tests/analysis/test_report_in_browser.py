@@ -1,17 +1,14 @@
 """A report of really trained runs, opened in a headless Chromium: drawn, silent, offline, dark, and on a phone."""
 
 import base64
-import json
 
 import browser
 import pytest
 import screenshots
 
 from remoe.analysis import write_report
-from remoe.config import from_dict
-from remoe.training import TrainConfig, train
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("report")]
 
 DRAWN = """Object.fromEntries([...document.querySelectorAll("section.figure:not(#settings)")].map(section => [
   section.id, [...section.querySelectorAll(".body")].map(body => {
@@ -25,41 +22,9 @@ EXPECTED = [
 ]  # fmt: skip
 
 
-def corpus_of(folder):
-    rows = []
-    for i in range(120):
-        rows.append({"text": f"def f{i}(x):\n    return x + {i}  # <script>alert({i})</script>\n" * 3, "kind": "code"})
-        rows.append({"text": f"The {i}th sentence tells of rivers, towns and {i % 7} hills. " * 3, "kind": "prose"})
-    path = folder / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def trained(folder, name, router, moe_layers="all"):
-    values = {
-        "name": name,
-        "model": {
-            "hidden_size": 32, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32,
-            "num_experts": 4, "router": router, "moe_layers": moe_layers,
-        },
-        "data": {
-            "train": str(corpus_of(folder)), "domain_field": "kind", "sequence_length": 64, "cache": folder / "cache",
-            "validation_fraction": 0.2,
-        },
-        "sparsity": {"init": 1e-3},
-        "train": {
-            "steps": 60, "batch_size": 4, "validation_interval": 20, "validation_batches": 4, "flip_interval": 5,
-            "checkpoint_interval": 60,
-        },
-    }  # fmt: skip
-    return train(from_dict(TrainConfig, values), root=folder / "runs").path
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    paths = [trained(folder, "relu", "relu"), trained(folder, "topk", "topk"), trained(folder, "dense", "relu", "none")]
-    return write_report(paths, folder / "report.html")
+def report(trained_runs, tmp_path_factory):
+    return write_report(trained_runs, tmp_path_factory.mktemp("report") / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from conftest import make_runs
 
 from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.figure import run_keys
 from remoe.analysis.figures import domain_activity, domain_share, expert_tokens, load_map, text_sample, token_frequency
 
 COUNTS = RoutingCounts(
@@ -39,6 +40,11 @@ def test_load_is_the_share_of_all_tokens(small):
 @pytest.mark.parametrize(("load", "place"), [(1.0, 1.0), (1 / 8, 0.5), (1 / 64, 0.0), (1 / 65, None), (0.0, None)])
 def test_the_load_scale_is_log2_from_1_to_a_64th(load, place):
     assert load_map.brightness(load) == (place if place is None else pytest.approx(place))
+
+
+@pytest.mark.parametrize(("uniform", "log2"), [([1 / 8], -6), ([1 / 4], -6), ([1 / 8, 1 / 64], -9), ([0.1], -7)])
+def test_the_scale_reaches_an_eighth_of_an_even_load(uniform, log2):
+    assert load_map.scale_end(uniform) == log2
 
 
 def test_shares_are_within_a_domain_and_domains_without_text_are_left_out(small):
@@ -108,3 +114,9 @@ def test_many_seeds_show_the_texts_of_the_first_of_each_setup():
     captions = {chart.caption for chart in text_sample.figure(many).charts}
     assert {caption.split(",")[0] for caption in captions} == {"relu-0", "topk-0"}
     assert len(load_map.figure(many).charts) == 4
+
+
+def test_seeds_of_one_setup_share_a_colour_and_differ_in_dashes():
+    many = [dataclasses.replace(run, name=f"{run.name}-{seed}") for run in make_runs() for seed in range(2)]
+    keys = [(key.label, key.colour, key.shape) for key in run_keys(many)]
+    assert keys[:3] == [("relu-0", "c0", "line"), ("relu-1", "c0", "dash"), ("topk-0", "c1", "line")]

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from remoe.analysis.html import Html, escape
+from remoe.analysis.record import COLOURS
 from remoe.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 400, 270  # units of the view box; a phone shows one chart at about 0.9 of this
-SERIES = 8
+SERIES = COLOURS
 HEAT = 13
 
 # Colours that no chart uses otherwise; each becomes var(--name), so that a style sheet can choose light or dark.

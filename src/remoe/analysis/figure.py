@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remoe.analysis.html import Html, escape, join, tag
-from remoe.analysis.record import RunRecord
+from remoe.analysis.record import COLOURS, RunRecord, places
 from remoe.analysis.table import Table
 
 
@@ -56,14 +56,21 @@ class Figure:
         )
 
     def _numbers(self) -> Html:
-        summary = tag("summary", f"Numbers ({len(self.table.rows):,} rows)")
+        count = len(self.table.rows)
+        summary = tag("summary", f"Numbers ({count:,} {'row' if count == 1 else 'rows'})")
         details = tag("details", summary, tag("div", self.table.to_html(), class_="scroll", tabindex=0))
         return tag("div", details, self.table.download(f"{self.key}.csv"), class_="numbers")
 
 
 def run_keys(runs: Sequence[RunRecord], shape: str = "line") -> tuple[Key, ...]:
     """A legend of runs; a run has the same colour in every figure."""
-    return tuple(Key(run.name, f"c{index % 8}", shape) for index, run in enumerate(runs))
+    return tuple(run_key(run.name, place, shape) for place, run in zip(places(runs), runs, strict=True))
+
+
+def run_key(name: str, place: int, shape: str = "line") -> Key:
+    """The legend's entry of one run."""
+    dashed = shape == "line" and place >= COLOURS
+    return Key(name, f"c{place % COLOURS}", "dash" if dashed else shape)
 
 
 def _legend(keys: Sequence[Key]) -> Html:

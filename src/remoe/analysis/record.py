@@ -15,6 +15,7 @@ from remoe.errors import CheckpointError
 
 SCHEMA = 1
 MANY_RUNS = 4
+COLOURS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,9 @@ class RunRecord:
 
 
 def routed(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord, RoutingCounts]]:
-    """The runs that route, each with its place among all runs (its colour) and its counts."""
-    return [(index, run, run.counts) for index, run in enumerate(runs) if run.counts is not None]
+    """The runs that route, each with its place (its look in every chart) and its counts."""
+    placed = zip(places(runs), runs, strict=True)
+    return [(place, run, run.counts) for place, run in placed if run.counts is not None]
 
 
 def setups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
@@ -69,6 +71,16 @@ def setups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
         settings = {key: value for key, value in run.config.items() if key not in ("name", "seed")}
         groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     return list(groups.values())
+
+
+def places(runs: Sequence[RunRecord]) -> list[int]:
+    """A number for each run that decides how charts draw it: runs of one setup get one colour and differ in dashes."""
+    found = {
+        run.name: setup % COLOURS + COLOURS * (seed + setup // COLOURS)
+        for setup, group in enumerate(setups(runs))
+        for seed, run in enumerate(group)
+    }
+    return [found[run.name] for run in runs]
 
 
 def shown_as_text(runs: Sequence[RunRecord]) -> list[RunRecord]:

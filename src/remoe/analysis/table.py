@@ -29,7 +29,6 @@ class Table:
 
     def to_html(self) -> Html:
         """A table element; long tables show their two ends and say how many rows are left out."""
-        head = tag("tr", *(tag("th", name, scope="col") for name in self.columns))
         if len(self.rows) <= SHOWN_ROWS:
             body = [_html_row(row) for row in self.rows]
         else:
@@ -37,7 +36,14 @@ class Table:
             left_out = f"{len(self.rows) - SHOWN_ROWS:,} more rows in the CSV file"
             between = tag("tr", tag("td", left_out, colspan=len(self.columns), class_="gap"))
             body = [*map(_html_row, self.rows[:half]), between, *map(_html_row, self.rows[-half:])]
-        return tag("table", tag("thead", head), tag("tbody", *body))
+        return tag("table", self.head(), tag("tbody", *body))
+
+    def head(self) -> Html:
+        """The row of column names; those of numbers stand right, above them."""
+        is_text = [any(isinstance(row[column], str) for row in self.rows) for column in range(len(self.columns))]
+        cells = zip(self.columns, is_text, strict=True)
+        names = (tag("th", name, scope="col", class_=None if text else "number") for name, text in cells)
+        return tag("thead", tag("tr", *names))
 
     def download(self, file_name: str) -> Html:
         """A link that holds the CSV itself: it works from disk, without a network or a script."""

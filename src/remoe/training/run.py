@@ -10,7 +10,7 @@ from remoe.training.config import TrainConfig
 from remoe.training.metrics import Metrics, read_metrics
 
 CONFIG, METRICS, TOKENIZER, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tokenizer", "checkpoints"
-OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, "report.html", "report", "tensorboard", "wandb")
+OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, "report.html", "analysis.json", "report", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _paint(share: DomainShare, top: float) -> Any:
                 left = np.arange(num_experts) - 0.42 + (index + 0.5) * width
                 axes.bar(left, share_E, width=width * 0.92, color=series_colour(index), linewidth=0)
             else:
-                axes.plot(share_E, ".", color=series_colour(index), markersize=3.5, alpha=0.8)
+                axes.plot(share_E, ".", color=series_colour(index), markersize=5, alpha=0.8)
         axes.axhline(share.uniform, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         axes.set_ylim(0, 1.05 * top)
         axes.set_xlabel("expert")

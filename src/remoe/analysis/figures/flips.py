@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from remoe.analysis.drawing import chart, compact_ticks, line
-from remoe.analysis.figure import Chart, Figure, run_keys
+from remoe.analysis.figure import Chart, Figure, run_key
 from remoe.analysis.metrics import smooth
-from remoe.analysis.record import RunRecord
+from remoe.analysis.record import RunRecord, places
 from remoe.analysis.table import Table
 
 
@@ -27,7 +27,7 @@ class Flips:
 def numbers(runs: Sequence[RunRecord]) -> list[Flips]:
     """The runs that measured it."""
     found = []
-    for place, run in enumerate(runs):
+    for place, run in zip(places(runs), runs, strict=True):
         steps, rate, count = run.metrics.series("step", "flip_rate", "flip_count")
         if len(steps):
             found.append(Flips(run=run.name, place=place, steps=steps, rate=rate, count=count))
@@ -47,7 +47,6 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
     flips = numbers(runs)
     if not flips:
         return None
-    shown = {run.place for run in flips}
     return Figure(
         key="flips",
         title="Flips",
@@ -57,7 +56,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
         ),
         source="ReMoE, Figure 10",
         charts=tuple(draw(flips)),
-        legend=tuple(key for place, key in enumerate(run_keys(runs)) if place in shown),
+        legend=tuple(run_key(run.run, run.place) for run in flips),
         table=_table(flips),
     )
 

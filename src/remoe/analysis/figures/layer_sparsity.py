@@ -17,8 +17,8 @@ from remoe.analysis.drawing import (
     series_colour,
     whole_ticks,
 )
-from remoe.analysis.figure import Chart, Figure, Key, run_keys
-from remoe.analysis.record import RunRecord
+from remoe.analysis.figure import Chart, Figure, Key, run_key
+from remoe.analysis.record import RunRecord, places
 from remoe.analysis.table import Table
 
 END_SHARE = 0.1
@@ -39,7 +39,7 @@ class LayerSparsity:
 def numbers(runs: Sequence[RunRecord]) -> list[LayerSparsity]:
     """The runs that logged it."""
     found = []
-    for place, run in enumerate(runs):
+    for place, run in zip(places(runs), runs, strict=True):
         steps, sparsity_NL = run.metrics.layers("sparsity")
         if sparsity_NL.size == 0:
             continue
@@ -80,7 +80,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
             Key("first MoE layer", f"h{heat_step(_depth(0, deepest))}"),
             Key("last MoE layer", f"h{heat_step(_depth(deepest, deepest))}"),
             Key("target", "ink", "dash"),
-            *(key for place, key in enumerate(run_keys(runs, "dot")) if place in {run.place for run in layers}),
+            *(run_key(run.run, run.place, "dot") for run in layers),
         ),
         table=_table(layers),
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from remoe.analysis.drawing import INK, POINTS, chart, compact_ticks, line, series_colour, series_style
+from remoe.analysis.drawing import INK, POINTS, chart, compact_ticks, line
 from remoe.analysis.figure import Chart, Figure, run_keys
 from remoe.analysis.metrics import smooth
-from remoe.analysis.record import RunRecord
+from remoe.analysis.record import RunRecord, places
 from remoe.analysis.table import Table
 
 
@@ -18,6 +18,7 @@ class LossCurve:
     """One run's losses in nats per token; `train_smooth` is a mean over the last fiftieth of the run."""
 
     run: str
+    place: int
     steps: np.ndarray
     tokens: np.ndarray
     train: np.ndarray
@@ -28,20 +29,20 @@ class LossCurve:
 
 def numbers(runs: Sequence[RunRecord]) -> list[LossCurve]:
     """The curves of all runs, dense ones included."""
-    return [_curve(run) for run in runs]
+    return [_curve(run, place) for place, run in zip(places(runs), runs, strict=True)]
 
 
 def differences(curves: Sequence[LossCurve]) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Smoothed training loss minus the first run's, on the steps that both logged: (run, tokens, difference).
+    """Smoothed training loss minus the first run's, on the steps that both logged: (place, tokens, difference).
 
     Runs that see the same batches differ by far less than either changes from batch to batch.
     """
     first, found = curves[0], []
-    for index, curve in enumerate(curves[1:], start=1):
+    for curve in curves[1:]:
         _, ours, theirs = np.intersect1d(curve.steps, first.steps, return_indices=True)
         if len(ours) > 1:
             apart = curve.train[ours] - first.train[theirs]
-            found.append((index, curve.tokens[ours], smooth(apart, max(1, len(apart) // 20))))
+            found.append((curve.place, curve.tokens[ours], smooth(apart, max(1, len(apart) // 20))))
     return found
 
 
@@ -77,11 +78,12 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
     )
 
 
-def _curve(run: RunRecord) -> LossCurve:
+def _curve(run: RunRecord, place: int) -> LossCurve:
     steps, tokens, train = run.metrics.series("step", "tokens", "lm_loss")
     valid_tokens, valid = run.metrics.series("tokens", "valid_loss")
     return LossCurve(
         run=run.name,
+        place=place,
         steps=steps,
         tokens=tokens,
         train=train,
@@ -93,10 +95,10 @@ def _curve(run: RunRecord) -> LossCurve:
 
 def _paint_train(curves: Sequence[LossCurve]) -> Any:
     def paint(axes: Any) -> None:
-        for index, curve in enumerate(curves):
-            line(axes, curve.tokens, curve.train, index, alpha=0.22, linewidth=0.8, linestyle="-")
-        for index, curve in enumerate(curves):
-            line(axes, curve.tokens, curve.train_smooth, index)
+        for curve in curves:
+            line(axes, curve.tokens, curve.train, curve.place, alpha=0.22, linewidth=0.8, linestyle="-")
+        for curve in curves:
+            line(axes, curve.tokens, curve.train_smooth, curve.place)
         _frame(axes, [curve.train_smooth for curve in curves])
 
     return paint
@@ -104,11 +106,9 @@ def _paint_train(curves: Sequence[LossCurve]) -> Any:
 
 def _paint_valid(curves: Sequence[LossCurve]) -> Any:
     def paint(axes: Any) -> None:
-        for index, curve in enumerate(curves):
-            style = {"marker": POINTS[index % len(POINTS)], "markersize": 4.5 if len(curve.valid) <= 30 else 0}
-            axes.plot(
-                curve.valid_tokens, curve.valid, color=series_colour(index), linestyle=series_style(index), **style
-            )
+        for curve in curves:
+            style = {"marker": POINTS[curve.place % len(POINTS)], "markersize": 4.5 if len(curve.valid) <= 30 else 0}
+            line(axes, curve.valid_tokens, curve.valid, curve.place, **style)
         _frame(axes, [curve.valid for curve in curves])
 
     return paint
@@ -117,8 +117,8 @@ def _paint_valid(curves: Sequence[LossCurve]) -> Any:
 def _paint_differences(apart: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Any:
     def paint(axes: Any) -> None:
         axes.axhline(0, color=INK, linewidth=1)
-        for index, tokens, difference in apart:
-            line(axes, tokens, difference, index)
+        for place, tokens, difference in apart:
+            line(axes, tokens, difference, place)
         later = np.concatenate([difference[len(difference) // 10 :] for _, _, difference in apart])
         reach = max(1e-3, 1.15 * float(np.abs(later).max()))
         axes.set_ylim(-reach, reach)

@@ -50,7 +50,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure:
     losses = tuple(f"loss: {name}" for name in domains.columns[1:])
     return Figure(
         key="summary",
-        title="The runs",
+        title="The run" if len(runs) == 1 else "The runs",
         says=(
             "Validation loss in nats per token (the best in bold), how many experts a token used, speed on the machine "
             "that trained, and size."
@@ -126,9 +126,8 @@ def _domain_table(summaries: Sequence[RunSummary]) -> Table:
 def _grid(table: Table, lower_is_better: set[int]) -> Html:
     """The table for reading: large numbers with a unit letter, the lowest value of some columns marked."""
     best = {column: _lowest(row[column] for row in table.rows) for column in lower_is_better}
-    head = tag("tr", *(tag("th", name, scope="col") for name in table.columns))
     body = [_row(row, best if len(table.rows) > 1 else {}) for row in table.rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll wide", tabindex=0)
+    return tag("div", tag("table", table.head(), tag("tbody", *body)), class_="scroll wide", tabindex=0)
 
 
 def _lowest(cells: Iterable[Cell]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from remoe.analysis.drawing import INK, chart, compact_ticks, log_scale, series_colour
-from remoe.analysis.figure import Chart, Figure, Key
+from remoe.analysis.figure import Chart, Figure, Key, run_key
 from remoe.analysis.html import Html, tag, visible
 from remoe.analysis.record import RunRecord, routed
 from remoe.analysis.table import Table
@@ -60,7 +60,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
         charts=tuple(part for activity in activities for part in draw(activity)),
         columns=min(3, max(2, len(activities))),
         legend=(
-            *(Key(f"{activity.run}", f"c{activity.place % 8}", "dot") for activity in activities),
+            *(run_key(activity.run, activity.place, "dot") for activity in activities),
             Key("nominal k", "ink", "dash"),
         ),
         notes=tuple(_note(activity) for activity in activities),
