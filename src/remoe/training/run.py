@@ -10,7 +10,8 @@ from remoe.training.config import TrainConfig
 from remoe.training.metrics import Metrics, read_metrics
 
 CONFIG, METRICS, TOKENIZER, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tokenizer", "checkpoints"
-OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, "report.html", "analysis.json", "report", "tensorboard", "wandb")
+REPORT = ("report.html", "analysis.json", "report")
+OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, *REPORT, "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
