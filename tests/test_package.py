@@ -7,17 +7,7 @@ import pytest
 
 import remoe
 
-EXTRAS = "tokenizers pyarrow zstandard matplotlib transformers triton tensorboard wandb trackio".split()
-    "tokenizers",
-    "pyarrow",
-    "zstandard",
-    "matplotlib",
-    "transformers",
-    "triton",
-    "tensorboard",
-    "wandb",
-    "trackio",
-]
+EXTRAS = ["tokenizers", "pyarrow", "zstandard", "matplotlib", "transformers", "tensorboard", "wandb", "trackio"]
 
 
 def run_python(code: str) -> str:
