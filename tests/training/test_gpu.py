@@ -24,7 +24,7 @@ def stepper_of(config, **sections) -> Stepper:
 
 @pytest.fixture
 def waiting_dispatch(monkeypatch):
-    """Lets the dispatch plan wait for its number of rows, as its reference does (fp32 experts wait too); all else may not."""
+    """Lets the dispatch plan wait for its number of rows, as its reference does; nothing else may."""
 
     def plan(routing_map_TE):
         mode = torch.cuda.get_sync_debug_mode()

@@ -84,9 +84,9 @@ def test_metrics_are_flattened_by_path_and_missing_values_left_out():
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_each_sink_takes_a_line_offline(name, tmp_path, monkeypatch):
-    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip(name)
     warnings: list[str] = []
     opened = Sinks(warnings.append)
     opened.open([name], tmp_path, {"name": "small/run"}, 0)
