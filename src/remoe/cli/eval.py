@@ -25,12 +25,15 @@ def eval_command(
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per character on text."""
+    import contextlib
     import json
+    import sys
 
     from remoe.eval import evaluate_checkpoint
 
     text = None if data is None else _held_out(path, data, sequence_length)
-    result = evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
+        result = evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
     print(json.dumps(result.to_dict(), indent=1) if as_json else _text(result))
 
 
@@ -49,12 +52,8 @@ def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig
 def _text(result: "Evaluation") -> str:
     header = ("text", "loss", "perplexity", "bits/byte", "bits/character", "tokens")
     scores = [*result.per_domain.items(), ("all", result.total)]
+    columns = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
     rows = [
-        (
-            name,
-            *(f"{x:.4f}" for x in (score.loss, score.perplexity, score.bits_per_byte, score.bits_per_character)),
-            f"{score.tokens:,}",
-        )
-        for name, score in scores
+        (name, *(f"{getattr(score, column):.4f}" for column in columns), f"{score.tokens:,}") for name, score in scores
     ]
     return f"{table(header, rows)}\nactive experts per token: {number(result.active_experts, '.3f')}"

@@ -125,9 +125,14 @@ def _settings_that_matter(before: "TrainConfig", after: "TrainConfig") -> dict[s
 def _train_here(todo: Sequence[Trial], root: Path, *, overwrite: bool) -> None:
     from remoe.training import train
     from remoe.training.progress import terminal_reporter
+    from remoe.training.signals import RunStoppedError
 
     for trial in todo:
-        train(trial.config, resume=not overwrite, overwrite=overwrite, root=root, reporter=terminal_reporter())
+        try:
+            train(trial.config, resume=not overwrite, overwrite=overwrite, root=root, reporter=terminal_reporter())
+        except RunStoppedError as error:
+            error.args = (f"{trial.config.name} was stopped and saved; the same command (less --overwrite) goes on",)
+            raise
 
 
 def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) -> Comparison:

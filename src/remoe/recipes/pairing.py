@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from remoe.errors import ConfigError
 from remoe.recipes.plan import Trial, settings_of_batches
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ class Pairing(NamedTuple):
 
 
 def check_pairing(planned: Sequence[Trial], vocab_size: int) -> Pairing:
-    """Assert that the runs of each seed share batches and initial values. Nothing is trained or kept in memory."""
+    """Check that the runs of each seed share batches and initial values; nothing is trained or kept in memory.
+
+    Raises ConfigError for models whose common parameters start with other values.
+    """
     by_seed: dict[int, list[Trial]] = defaultdict(list)
     for trial in planned:
         by_seed[trial.seed].append(trial)
@@ -42,7 +46,11 @@ def _check_seed(runs: Sequence[Trial], vocab_size: int) -> int:
         for name, shape, digest in _initial_values(trial.config.model, vocab_size, trial.seed):
             digests[name, shape].append(digest)
     differing = [name for (name, _), found in digests.items() if len(set(found)) > 1]
-    assert not differing, f"seed {runs[0].seed}: {differing[0]} does not start with the same values in every run"
+    if differing:
+        raise ConfigError(
+            f"the runs of seed {runs[0].seed} do not start with the same {differing[0]}, so they cannot be paired; "
+            "compare models with equal model.num_layers and model.init_std"
+        )
     return sum(len(found) > 1 for found in digests.values())
 
 

@@ -1,0 +1,110 @@
+"""What every command shares: help with an example, one line for a mistake, exit codes, a quick start."""
+
+import subprocess
+import sys
+
+import pytest
+
+import remoe
+from remoe.cli.failures import exit_code_of, spread_overrides
+from remoe.errors import DataError, TrainingError
+
+COMMANDS = (
+    "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "runs", "recipes",
+)  # fmt: skip
+
+
+@pytest.fixture(name="cli")
+def _cli(remoe):
+    return remoe
+
+
+def test_help_names_every_command_and_no_other(cli):
+    listed = cli("--help").out.partition("Commands:")[2].partition("Example:")[0]
+    assert {line.split()[0] for line in listed.strip().splitlines()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "runs diff", "recipes show"])
+def test_help_of_each_command_has_an_example(cli, command):
+    outcome = cli(*command.split(), "--help")
+    assert outcome.code == 0
+    assert f"Example: remoe {command.split()[0]}" in " ".join(outcome.out.split())
+
+
+def test_version_is_the_packages(cli):
+    assert cli("--version").out == f"remoe {remoe.__version__}\n"
+
+
+def test_help_is_quick_because_torch_is_not_loaded():
+    code = "import sys; from remoe.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_module_is_the_command():
+    finished = subprocess.run(
+        [sys.executable, "-m", "remoe", "recipes", "show", "demo-rleu"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert finished.stderr == "remoe: there is no recipe 'demo-rleu'; did you mean 'demo-relu'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian x", "there is no command 'trian'; did you mean 'train'?; see `remoe --help`"),
+        ("train --overwite x", "there is no option --overwite; did you mean '--overwrite'?; see `remoe train --help`"),
+        ("plan", "missing argument"),
+        ("generate x --seed y", "invalid value for '--seed'"),
+        ("recipes shwo x", "there is no command 'shwo'; did you mean 'show'?"),
+        ("plan demo-relu more", "unexpected extra argument"),
+        ("compare demo-relu --routers relu --name x --parallel 0", "invalid value for '--parallel'"),
+    ],
+)
+def test_wrong_command_line_is_one_line_and_exit_code_2(cli, arguments, message):
+    outcome = cli(*arguments.split())
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_exit_code_is_the_errors_own(capsys):
+    def fail_with(error):
+        def command():
+            raise error
+
+        return exit_code_of(command)
+
+    assert fail_with(DataError("the text\nis empty")) == 2
+    assert fail_with(TrainingError("no finite loss")) == 1
+    assert fail_with(OSError(28, "No space left on device", "runs/x")) == 1
+    assert fail_with(KeyboardInterrupt()) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["remoe: the text is empty", "remoe: no finite loss"]
+    assert "No space left on device" in lines[2]
+
+
+def test_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("train x --set a=1 b=2 --resume", "train x --set a=1 --set b=2 --resume"),
+        ("train --set a=1 x.yaml", "train --set a=1 x.yaml"),
+        ("train x --set a=1 --set b=2 c=3", "train x --set a=1 --set b=2 --set c=3"),
+        ("train x", "train x"),
+    ],
+)
+def test_one_set_may_take_several_overrides(given, read):
+    assert " ".join(spread_overrides(given.split())) == read
+
+
+def test_reader_that_stops_early_is_no_error():
+    pipe = f"{sys.executable} -m remoe train --keys | head -1"
+    finished = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, timeout=60, check=False)
+    assert finished.stdout.startswith("name = run")
+    assert finished.stderr == ""

@@ -1,0 +1,129 @@
+"""A comparison trains what is missing, keeps what is there, and pairs by seed."""
+
+import dataclasses
+import json
+
+import pytest
+
+import remoe
+from remoe.errors import CheckpointError, TrainingError
+from remoe.recipes.comparison import compare
+from remoe.recipes.plan import Plan
+from remoe.recipes.results import differences, is_finished, late_mean, median_speed
+from remoe.training import Run
+
+
+@pytest.fixture
+def plan(tiny_overrides):
+    return Plan(name="c", config="demo-relu", routers=["relu", "dense"], seeds=[0, 1], overrides=tiny_overrides)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def test_comparison_pairs_losses_by_seed(plan, said, tmp_path):
+    result = compare(plan, root=tmp_path, say=said.append)
+    relu, dense = result.rows
+    losses = {run.name: Run.open(run).valid_loss for run in result.runs}
+    paired = [losses[f"dense-seed{seed}"] - losses[f"relu-seed{seed}"] for seed in (0, 1)]
+    assert relu.difference is None
+    assert dense.difference.mean == pytest.approx(sum(paired) / 2, abs=1e-12)
+    assert dense.difference.low < min(paired) < max(paired) < dense.difference.high
+    assert dense.valid_loss.mean == pytest.approx((losses["dense-seed0"] + losses["dense-seed1"]) / 2, abs=1e-12)
+    assert 0 < relu.active_experts < 4
+    assert dense.active_experts is None
+    assert "start with the same values, bit for bit (2 seeds)" in said[0]
+    written = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert written["rows"][1]["difference"]["mean"] == dense.difference.mean
+    assert written["runs"]["c/relu-seed1"]["valid_loss"] == losses["relu-seed1"]
+
+
+def test_finished_runs_are_not_trained_again_and_interrupted_ones_go_on(plan, said, tmp_path):
+    result = compare(plan, root=tmp_path, say=said.append)
+    stamps = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in result.runs}
+    halfway = result.runs[-1]
+    lines = (halfway / "metrics.jsonl").read_text()
+    _forget_the_end(halfway)
+    assert not is_finished(Run.open(halfway))
+    again = compare(plan, root=tmp_path, say=said.append)
+    assert again.rows[0].valid_loss == result.rows[0].valid_loss
+    assert again.rows[1].valid_loss == result.rows[1].valid_loss
+    assert {run for run in result.runs if (run / "metrics.jsonl").stat().st_mtime_ns != stamps[run]} == {halfway}
+    assert len((halfway / "metrics.jsonl").read_text().splitlines()) == len(lines.splitlines())
+    assert "3 of 4 runs are finished and stay" in said
+
+
+def test_finished_run_with_other_settings_is_refused_and_kept(plan, tmp_path):
+    result = compare(plan, root=tmp_path, say=lambda _: None)
+    before = (result.runs[0] / "metrics.jsonl").read_bytes()
+    other = dataclasses.replace(plan, overrides=(*plan.overrides, "optimizer.lr=0.5"))
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr = 0\.002, not 0\.5.*--overwrite"):
+        compare(other, root=tmp_path, say=lambda _: None)
+    assert (result.runs[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_trained_models_share_initial_values_and_see_the_same_tokens(tiny_overrides, tmp_path):
+    still = (*tiny_overrides, "optimizer.lr=0", "optimizer.min_lr=0", "train.steps=1")
+    plan = Plan(name="c", config="demo-relu", routers=["relu", "topk", "dense"], overrides=still)
+    runs = compare(plan, root=tmp_path, say=lambda _: None).runs
+    relu, topk, dense = (dict(remoe.load(run).named_parameters()) for run in runs)
+    assert relu.keys() == topk.keys()
+    assert all(relu[name].equal(topk[name]) for name in relu)
+    shared = relu.keys() & dense.keys()
+    assert len(shared) == 3 + 2 * 6
+    assert all(relu[name].equal(dense[name]) for name in shared)
+
+
+def test_runs_in_processes_give_the_same_losses_as_runs_here(plan, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one_seed = dataclasses.replace(plan, seeds=[0])
+    apart = compare(one_seed, root=tmp_path / "apart", devices=["cpu", "cpu"], say=said.append)
+    here = compare(one_seed, root=tmp_path / "here", say=lambda _: None)
+    assert [row.valid_loss.mean for row in apart.rows] == pytest.approx(
+        [r.valid_loss.mean for r in here.rows], abs=1e-6
+    )
+    assert {"c/relu-seed0: finished", "c/dense-seed0: finished"} <= set(said)
+    assert "step 4/4" in (tmp_path / "apart" / "c" / "logs" / "relu-seed0.log").read_text()
+
+
+def test_run_that_fails_in_its_process_is_named_with_its_log(plan, tmp_path):
+    broken = dataclasses.replace(plan, seeds=[0], overrides=(*plan.overrides, "model.vocab_size=7"))
+    with pytest.raises(TrainingError, match=r"2 of 2 runs failed.*relu-seed0.*vocab_size is 7.*relu-seed0\.log"):
+        compare(broken, root=tmp_path, devices=["cpu"], say=lambda _: None)
+
+
+def test_late_mean_is_over_the_last_quarter_of_the_steps(tmp_path):
+    run = _run_with_metrics(tmp_path, [{"step": step, "tokens": step, "sparsity": step / 10} for step in range(1, 9)])
+    assert late_mean(run, "sparsity") == pytest.approx((0.7 + 0.8) / 2)
+    assert late_mean(run, "absent") is None
+
+
+def test_speed_is_the_median_of_the_late_steps(tmp_path):
+    speeds = [1, 1, 1, 1, 1, 1, 1, 1, 1, 10, 30, 20]
+    run = _run_with_metrics(
+        tmp_path, [{"step": i + 1, "tokens": 0, "tokens_per_second": speed} for i, speed in enumerate(speeds)]
+    )
+    assert median_speed(run) == 20
+
+
+def test_differences_are_dotted_keys_with_both_values():
+    before = {"a": 1, "b": {"c": 2, "d": 3}, "only": 4}
+    after = {"a": 1, "b": {"c": 5, "d": 3}, "new": 6}
+    assert differences(before, after) == {"b.c": (2, 5), "only": (4, None), "new": (None, 6)}
+
+
+def _forget_the_end(run):
+    """As if the run had been killed after its checkpoint at step 2."""
+    import shutil
+
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+
+
+def _run_with_metrics(path, records):
+    (path / "config.yaml").write_text("name: x\n")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Run.open(path)
