@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from remoe.analysis.examine import document_starts, examine, examine_all, readable
+from remoe.analysis.examine import document_starts, examine, examine_all, pieces
 from remoe.data import TokenDataset, load_tokenizer
 from remoe.errors import CheckpointError, DataError
 from remoe.training import Run
@@ -71,8 +71,7 @@ def test_each_domain_shows_its_first_long_document_or_else_its_longest():
     assert starts == [("a", 2, 40), ("b", 5, 18)]
 
 
-def test_a_token_reads_as_text_unless_it_is_no_whole_character():
+def test_a_character_of_several_tokens_stands_at_its_last_one():
     tokenizer = load_tokenizer("bytes")
-    assert readable(tokenizer, ord("\n")) == "\n"
-    assert readable(tokenizer, 0xC3) == "\\xc3"
-    assert readable(tokenizer, tokenizer.eod) == "<eod>"
+    ids = [*tokenizer.encode("a\né€").tolist(), tokenizer.eod, 0xFF, ord("b")]
+    assert pieces(tokenizer, ids) == ["a", "\n", "", "é", "", "", "€", "<eod>", "", "�b"]

@@ -24,6 +24,7 @@ PASSAGE_TOKENS = 240
 PROMPT_TOKENS = 48
 NEW_TOKENS = 160
 LEAST_TOKENS = 16
+LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
 SHOWN_DOMAINS = 6
 
 
@@ -84,7 +85,7 @@ def passage(model: ReMoEForCausalLM, tokenizer: Tokenizer, domain: str, ids_T: n
     device = next(model.parameters()).device
     routings = model(torch.as_tensor(ids_T, dtype=torch.int64, device=device)[None]).routings
     active_LT = torch.stack([stats.active_per_token(routing) for routing in routings if routing is not None])
-    texts = tuple(readable(tokenizer, int(token_id)) for token_id in ids_T)
+    texts = tuple(pieces(tokenizer, ids_T.tolist()))
     return Passage(domain=domain, tokens=texts, active_TL=active_LT.T.cpu().numpy())
 
 
@@ -103,10 +104,18 @@ def generate(
         yield Generation(domain=domain, prompt=prompt, continuation=continuation)
 
 
-def readable(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as it stands in the text, so that line breaks stay; its display form where it is no whole character."""
-    text = tokenizer.decode([token_id])
-    return tokenizer.token_text(token_id) if not text or "�" in text else text
+def pieces(tokenizer: Tokenizer, ids_T: Sequence[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens stands at its last one, the others are empty."""
+    texts, unfinished = [], []
+    for token_id in ids_T:
+        unfinished.append(token_id)
+        text = tokenizer.decode(unfinished)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(unfinished) < LONGEST_CHARACTER:
+            texts.append("")
+            continue
+        texts.append(text or tokenizer.token_text(token_id))
+        unfinished = []
+    return texts
 
 
 def _corpus(run: Run, corpora: dict[str, Corpus]) -> tuple[Corpus, Tokenizer]:

@@ -62,12 +62,12 @@ def boundaries(steps: np.ndarray, sparsity: np.ndarray, term: np.ndarray, lm_los
 
 def settled(stages: Stages) -> str:
     """How long Stages I and II took, beside the paper's number."""
-    paper = f"the paper's took {PAPER_SETTLING_STEPS}"
+    paper = f"the paper's took {PAPER_SETTLING_STEPS} from 1e-8"
     if stages.stage_2_end is None:
-        return f"{stages.run} has not reached its target sparsity of {stages.target:.3f} ({paper} steps)."
+        return f"{stages.run} has not reached its target sparsity of {stages.target:.3f} ({paper})."
     return (
-        f"{stages.run} settled after {stages.stage_2_end:,} steps ({paper}); over the last quarter its sparsity is "
-        f"{stages.late_mean:.4f} ± {stages.late_std:.4f}, target {stages.target:.4f}."
+        f"{stages.run} settled after {stages.stage_2_end:,} steps from a coefficient of {stages.coef[0]:.2g} "
+        f"({paper}); over the last quarter its sparsity is {stages.late_mean:.4f} ± {stages.late_std:.4f}, target {stages.target:.4f}."
     )
 
 
