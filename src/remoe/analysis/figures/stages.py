@@ -67,7 +67,8 @@ def settled(stages: Stages) -> str:
         return f"{stages.run} has not reached its target sparsity of {stages.target:.3f} ({paper})."
     return (
         f"{stages.run} settled after {stages.stage_2_end:,} steps from a coefficient of {stages.coef[0]:.2g} "
-        f"({paper}); over the last quarter its sparsity is {stages.late_mean:.4f} ± {stages.late_std:.4f}, target {stages.target:.4f}."
+        f"({paper}); over the last quarter its sparsity is {stages.late_mean:.4f} ± "
+        f"{stages.late_std:.4f}, target {stages.target:.4f}."
     )
 
 
