@@ -68,10 +68,12 @@ def test_small_recipes_of_a_family_differ_in_name_and_model_only(family):
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_small_recipe_warms_up_for_a_hundredth_of_its_steps(name):
+def test_small_recipe_keeps_the_papers_ratios(name):
     config = read_config(name)
     assert config.optimizer.warmup_steps == pytest.approx(config.train.steps / 100, abs=0.5)
     assert config.optimizer.min_lr == config.optimizer.lr / 10
+    assert (config.model.num_experts, config.model.top_k, config.sparsity.init) == (8, 1, 1e-8)
+    assert config.model.init_std == pytest.approx(0.01 * (768 / config.model.hidden_size) ** 0.5, rel=0.03)
 
 
 @pytest.mark.parametrize("name", [*TOTALS, *sorted(SMALL)])
