@@ -7,13 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from remoe.cli import main
-
-TINY = (
-    "model.hidden_size=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.intermediate_size=16", "model.num_experts=4",
-    "data.sequence_length=16", "train.steps=4", "train.batch_size=4", "train.validation_batches=2",
-    "train.checkpoint_interval=2", "train.device=cpu", "optimizer.warmup_steps=1",
-)  # fmt: skip
+from tests.recipes.conftest import TINY
 
 
 class Outcome(NamedTuple):

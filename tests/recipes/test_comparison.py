@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -59,7 +64,7 @@ def test_finished_run_with_other_settings_is_refused_and_kept(plan, tmp_path):
     result = compare(plan, root=tmp_path, say=lambda _: None)
     before = (result.runs[0] / "metrics.jsonl").read_bytes()
     other = dataclasses.replace(plan, overrides=(*plan.overrides, "optimizer.lr=0.5"))
-    with pytest.raises(CheckpointError, match=r"optimizer\.lr = 0\.002, not 0\.5.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr = 0\.001, not 0\.5.*--overwrite"):
         compare(other, root=tmp_path, say=lambda _: None)
     assert (result.runs[0] / "metrics.jsonl").read_bytes() == before
 
@@ -116,8 +121,6 @@ def test_differences_are_dotted_keys_with_both_values():
 
 def _forget_the_end(run):
     """As if the run had been killed after its checkpoint at step 2."""
-    import shutil
-
     shutil.rmtree(run / "checkpoints" / "step_00000004")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]))
@@ -127,3 +130,30 @@ def _run_with_metrics(path, records):
     (path / "config.yaml").write_text("name: x\n")
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return Run.open(path)
+
+
+def test_interrupting_the_comparison_interrupts_its_runs_which_save_and_go_on(tiny_overrides, tmp_path):
+    overrides = [part for setting in (*tiny_overrides, "train.steps=5000") for part in ("--set", setting)]
+    command = [
+        sys.executable, "-m", "remoe", "compare", "demo-relu", "--routers", "relu,topk", "--name", "c",
+        "--devices", "cpu,cpu", "--root", str(tmp_path), *overrides,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        paths = [tmp_path / "c" / f"{router}-seed0" for router in ("relu", "topk")]
+        _wait_until(lambda: all((path / "metrics.jsonl").exists() for path in paths), process)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "remoe: stopped; the runs are saved, and the same command goes on"
+    for path in paths:
+        run = Run.open(path)
+        assert 0 < run.step < 5000
+        assert (run.checkpoints / f"step_{run.step:08d}").is_dir()
+
+
+def _wait_until(is_true, process):
+    deadline = time.monotonic() + 120
+    while not is_true():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,5 +1,6 @@
 """The command line: one file a command, each parse, config, call, print."""
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -23,7 +24,6 @@ from remoe.cli.train import train_command
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for name, command, example in (
     ("demo", demo_command, "remoe demo"),
-    ("prepare", prepare_command, "remoe prepare pile/*.jsonl.zst --tokenizer tokenizer.json --output pile_train"),
     ("train", train_command, "remoe train demo-relu --set train.steps=100 --set name=first-run"),
     ("compare", compare_command, "remoe compare demo-relu --routers relu,topk,dense --seeds 0,1,2 --name routers"),
     ("eval", eval_command, "remoe eval runs/first-run --data held-out.txt"),
@@ -33,12 +33,15 @@ for name, command, example in (
     ("plan", plan_command, "remoe plan remoe-182m-relu --json"),
 ):
     app.command(name, epilog=f"Example: {example}")(command)
+app.command("prepare")(prepare_command)
 app.add_typer(runs_app, name="runs")
 app.add_typer(recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log or a pipe sees each line as it is printed
     given = list(spread_overrides(sys.argv[1:] if arguments is None else arguments))
     command = typer.main.get_command(app)
     sys.exit(exit_code_of(lambda: command.main(args=given, prog_name="remoe", standalone_mode=False)))

@@ -13,6 +13,7 @@ from remoe.errors import RemoeError, nearest
 
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+INTERRUPTED = 128 + signal.SIGINT
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -21,11 +22,10 @@ def exit_code_of(command: Callable[[], object]) -> int:
     try:
         result = command()
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except typer.Abort:
-        return 128 + signal.SIGINT
-    except KeyboardInterrupt:
-        return _say("interrupted", 128 + signal.SIGINT)
+        code = result if isinstance(result, int) else 0
+        return _say("interrupted", code) if code == INTERRUPTED else code  # newer typer returns it
+    except (typer.Abort, KeyboardInterrupt):  # older typer turns the second into the first
+        return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

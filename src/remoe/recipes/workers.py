@@ -13,8 +13,11 @@ from pathlib import Path
 from remoe.config import to_yaml
 from remoe.errors import TrainingError
 from remoe.recipes.plan import Trial
+from remoe.training.signals import RunStoppedError
 
 POLL_SECONDS = 0.2
+
+Processes = dict["subprocess.Popen[bytes]", tuple[Trial, str]]
 
 
 def run_in_processes(
@@ -23,28 +26,47 @@ def run_in_processes(
     """Train each trial as `python -m remoe train` on the next free device; a device may be named more than once.
 
     One that fails does not stop the others; TrainingError names its log at the end. Interrupting this process
-    interrupts the runs, which write a checkpoint.
+    interrupts the runs, which write a checkpoint, and raises RunStoppedError.
     """
-    waiting, free, failed = list(todo), list(devices), []
-    running: dict[subprocess.Popen[bytes], tuple[Trial, str]] = {}
-    with _terminated_at_the_end(running):
-        while waiting or running:
-            while waiting and free:
-                trial, device = waiting.pop(0), free.pop(0)
-                say(f"{trial.config.name}: started on {device}, log in {_log(trial, root)}")
-                arguments = _arguments(trial, device, root, overwrite=overwrite)
-                running[_start(arguments, _log(trial, root), len(devices))] = trial, device
-            for process in [process for process in running if process.poll() is not None]:
-                trial, device = running.pop(process)
-                free.append(device)
-                failed += [trial] if process.returncode else []
-                say(f"{trial.config.name}: {'failed' if process.returncode else 'finished'}")
+    waiting, workers = list(todo), _Workers(devices, root, overwrite=overwrite, say=say)
+    with _terminated_at_the_end(workers.running):
+        while waiting or workers.running:
+            if waiting and workers.free:
+                workers.start(waiting.pop(0))
+                continue
+            workers.collect()
             time.sleep(POLL_SECONDS)
-    if failed:
+    if workers.failed:
+        name, log = workers.failed[0].config.name, _log(workers.failed[0], root)
         raise TrainingError(
-            f"{len(failed)} of {len(todo)} runs failed; the first is {failed[0].config.name}: "
-            f"{_last_line(_log(failed[0], root))} (log: {_log(failed[0], root)})"
+            f"{len(workers.failed)} of {len(todo)} runs failed; the first is {name}: {_last_line(log)} (log: {log})"
         )
+
+
+class _Workers:
+    """The devices that are free, the processes that run, and the trials that failed."""
+
+    def __init__(self, devices: Sequence[str], root: Path, *, overwrite: bool, say: Callable[[str], None]) -> None:
+        self.free = list(devices)
+        self.running: Processes = {}
+        self.failed: list[Trial] = []
+        self._root, self._overwrite, self._say = root, overwrite, say
+        self._threads = max(1, (os.cpu_count() or 1) // len(devices))
+
+    def start(self, trial: Trial) -> None:
+        """Start a trial on a free device."""
+        device, log = self.free.pop(0), _log(trial, self._root)
+        arguments = _arguments(trial, device, self._root, overwrite=self._overwrite)
+        self._say(f"{trial.config.name}: started on {device}, log in {log}")
+        self.running[_start(arguments, log, self._threads)] = trial, device
+
+    def collect(self) -> None:
+        """Free the devices of the processes that have ended."""
+        for process in [process for process in self.running if process.poll() is not None]:
+            trial, device = self.running.pop(process)
+            self.free.append(device)
+            self.failed += [trial] if process.returncode else []
+            self._say(f"{trial.config.name}: {'failed' if process.returncode else 'finished'}")
 
 
 def _arguments(trial: Trial, device: str, root: Path, *, overwrite: bool) -> list[str]:
@@ -55,26 +77,27 @@ def _arguments(trial: Trial, device: str, root: Path, *, overwrite: bool) -> lis
     return ["train", str(config), *flags, "--set", f"train.device={device}"]
 
 
-def _start(arguments: Sequence[str], log: Path, num_workers: int) -> "subprocess.Popen[bytes]":
-    threads = str(max(1, (os.cpu_count() or 1) // num_workers))
+def _start(arguments: Sequence[str], log: Path, threads: int) -> "subprocess.Popen[bytes]":
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "remoe", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={"OMP_NUM_THREADS": threads} | os.environ,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             start_new_session=True,  # Ctrl-C reaches this process alone: a second signal would cut a checkpoint short
         )
 
 
 @contextmanager
-def _terminated_at_the_end(running: dict["subprocess.Popen[bytes]", tuple[Trial, str]]) -> Iterator[None]:
+def _terminated_at_the_end(running: Processes) -> Iterator[None]:
     """Whatever ends this process, also SIGTERM, ends the runs that it started: they write a checkpoint and leave."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
     try:
         yield
+    except KeyboardInterrupt:
+        raise RunStoppedError("stopped; the runs are saved, and the same command goes on", signal.SIGINT) from None
     finally:
         for process in running:
             process.terminate()
