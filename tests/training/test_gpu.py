@@ -6,7 +6,7 @@ import torch
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
 from remoe.moe import dispatch, layer
-from remoe.training import load, train
+from remoe.training import checkpoint, load, train
 from remoe.training.readout import Readout
 from remoe.training.step import Stepper
 
@@ -94,3 +94,15 @@ def test_compiled_training_matches_eager(config, batch):
     for step in (1, 2):
         values, others = eager.run(batch, step), compiled.run(batch, step)
         torch.testing.assert_close(others["loss"], values["loss"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_checkpoint_of_another_gpu_than_the_current_one_holds_what_was_there_then(tmp_path):
+    tensors = {f"weight{i}": torch.full((32, 1024, 1024), float(i), device="cuda:1") for i in range(8)}
+    for step in range(1, 4):
+        for tensor in tensors.values():
+            tensor.add_(1)
+        saved = checkpoint.write(tmp_path, tensors, {"step": step})
+        read_back = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        saved.load(read_back)
+        assert [name for name, tensor in tensors.items() if not torch.equal(tensor, read_back[name])] == []

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +160,17 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(whole), save_distributed=True, enable_consolidation=False
     )
-    with _single_process():
+    with _single_process(), _current_device_of(whole):
         dcp.save(whole, storage_writer=writer, no_dist=True)
+
+
+def _current_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+    """Make the tensors' GPU the current one: the writer waits for its copies on the current GPU's stream alone, so
+    tensors of another GPU would be written before they arrive.
+    """
+    gpus = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    assert len(gpus) <= 1, f"one process writes the tensors of one GPU, not of {sorted(map(str, gpus))}"
+    return torch.cuda.device(gpus.pop()) if gpus else nullcontext()
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

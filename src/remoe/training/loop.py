@@ -5,7 +5,7 @@ threads round differently. The caller's random state and signal handlers are lef
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -69,8 +69,9 @@ def find_start(path: Path, config: TrainConfig, reporter: Reporter) -> Checkpoin
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators inside; the caller's states come back on leaving."""
+    """Seed torch's generators inside; the caller's states come back on leaving, and its current GPU."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    current = torch.cuda.device(device) if devices else nullcontext()
+    with current, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
