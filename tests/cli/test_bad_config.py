@@ -32,7 +32,7 @@ MISTAKES = {
     "sink": ("train.sinks=[tensorbord]", "did you mean 'tensorboard'?"),
     "name": ("name=../x", "name is '../x', must be letters"),
     "vocabulary": ("model.vocab_size=7", "model.vocab_size is 7, must be at least 257"),
-    "no text": ("data.train=absent.txt", "absent.txt does not exist"),
+    "no text": ("data.train=absent.txt", "data.train: absent.txt does not exist"),
     "empty blend": ("data.train=[]", "data.train is an empty list"),
 }
 
@@ -72,7 +72,7 @@ def test_mistake_in_a_file_is_one_line(remoe, tmp_path, text, message):
         ("train absent.yaml", "config absent.yaml does not exist; `remoe recipes` lists the ready ones"),
         ("train .", "config . is a folder"),
         ("train demo-rleu", "neither a YAML file nor a recipe; did you mean 'demo-relu'?"),
-        ("train remoe-182m-relu", "pile_train does not exist"),
+        ("train remoe-182m-relu", "data.train: pile_train does not exist"),
         ("plan demo-rleu", "did you mean 'demo-relu'?"),
         ("compare demo-relu --routers relu,topq --name x", "--routers names 'topq'"),
         ("compare demo-relu --routers relu --seeds 1.5 --name x", "--seeds is '1.5', must be whole numbers"),

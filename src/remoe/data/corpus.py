@@ -82,7 +82,10 @@ def _locate_one(key: str, entry: str | dict[str, Any], config: DataConfig) -> _F
         return _File(given, path.with_suffix(""), True, weight)
     if not path.is_file() and any(beside(path, ending).exists() for ending in (".idx", ".bin")):
         return _File(given, path, True, weight)
-    check_file(path)
+    try:
+        check_file(path)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
     return _File(given, path, False, weight)
 
 

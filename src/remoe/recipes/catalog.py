@@ -31,10 +31,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def show(name: str) -> str:
-    """A recipe as a complete YAML config, every default written out, its origin in a comment on top."""
+    """A recipe as a complete YAML config, every default written out; a comment says its origin and what to set."""
     from remoe.training.config import TrainConfig
 
-    comment = textwrap.indent(textwrap.fill(about(name), 98), "# ")
+    notes = [about(name), _resolve(_entry(name), keep=("needs",)).get("needs", "")]
+    comment = "\n".join(textwrap.fill(note, 100, initial_indent="# ", subsequent_indent="# ") for note in notes if note)
     return f"{comment}\n{to_yaml(from_dict(TrainConfig, load(name)))}"
 
 
@@ -64,9 +65,10 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def _resolve(entry: Mapping[str, Any]) -> dict[str, Any]:
-    own = {key: value for key, value in entry.items() if key not in ("base", "about")}
-    return merge(_resolve(_entries()[entry["base"]]), own) if "base" in entry else own
+def _resolve(entry: Mapping[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The entry on top of its bases, without what is said about it (`keep` some of that)."""
+    own = {key: value for key, value in entry.items() if key in keep or key not in ("base", "about", "needs")}
+    return merge(_resolve(_entries()[entry["base"]], keep), own) if "base" in entry else own
 
 
 def _entry(name: str) -> dict[str, Any]:
