@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from remoe.model.config import ReMoEConfig
+from remoe.moe.initial import Constant, Initial, Normal, StatesInitial
 
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
@@ -15,22 +17,40 @@ _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 def initialise(model: nn.Module, config: ReMoEConfig, seed: int) -> None:
     """Draw every parameter of the model in place; a model on the meta device stays as it is.
 
-    Norms are 1, all else is N(0, init_std), output projections N(0, init_std / sqrt(2L)) (ReMoE's scripts). A value
-    depends on the seed and the parameter's name and shape only, not on the device nor on the rest of the model.
+    Norms are 1, a router's parameters as it states, all else is N(0, init_std), output projections
+    N(0, init_std / sqrt(2L)) (ReMoE's scripts). A value depends on the seed and the parameter's name and shape only,
+    not on the device nor on the rest of the model.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    for (_, values), parameter in zip(initial_values(model, config, seed), model.parameters(), strict=True):
+        parameter.copy_(values)
+
+
+def initial_values(model: nn.Module, config: ReMoEConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and first values, on the CPU, one at a time; the model may be on the meta device."""
+    stated = _stated(model)
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            parameter.copy_(initial_values(name, parameter.shape, config, seed))
+        initial = stated.get(name) or initial_of(name, config)
+        yield name, initial.draw(parameter.shape, _generator(seed, name))
 
 
-def initial_values(name: str, shape: torch.Size, config: ReMoEConfig, seed: int) -> Tensor:
-    """The values that a parameter of this name and shape starts with, on the CPU whatever the default device is."""
+def initial_of(name: str, config: ReMoEConfig) -> Initial:
+    """How a parameter of this name starts where its module states nothing."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape, device="cpu")
-    std = config.init_std
+        return Constant(1.0)
     if name.endswith(_OUTPUT_PROJECTIONS):
-        std /= math.sqrt(2 * config.num_layers)
-    return torch.randn(shape, generator=_generator(seed, name), device="cpu") * std
+        return Normal(config.init_std / math.sqrt(2 * config.num_layers))
+    return Normal(config.init_std)
+
+
+def _stated(model: nn.Module) -> dict[str, Initial]:
+    return {
+        f"{prefix}.{name}": initial
+        for prefix, module in model.named_modules()
+        if isinstance(module, StatesInitial)
+        for name, initial in module.initial_values().items()
+    }
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

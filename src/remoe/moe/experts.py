@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.kernels.expert_mlp import expert_mlp
+from remoe.moe import initial
 from remoe.moe.dispatch import DispatchPlan
 
 
@@ -15,15 +16,9 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, expert_size: int, init_std: float = 0.01) -> None:
         super().__init__()
-        self.init_std = init_std
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with init_std; a model scales down_proj by its depth (ReMoE §2.7)."""
-        nn.init.normal_(self.gate_up_proj, std=self.init_std)
-        nn.init.normal_(self.down_proj, std=self.init_std)
+        initial.reset(self, init_std)
 
     def forward(self, hidden_TH: Tensor, plan: DispatchPlan, weights_TE: Tensor) -> Tensor:
         """Run each row through its expert and sum each token's rows, weighted by its gates [T, H].

@@ -66,6 +66,5 @@ def _initial_values(config: "ReMoEConfig", vocab_size: int, seed: int) -> Iterat
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
     with torch.device("meta"):
         model = ReMoEForCausalLM(config, seed)
-    for name, parameter in model.named_parameters():
-        values = initial_values(name, parameter.shape, config, seed)
-        yield name, tuple(parameter.shape), hashlib.blake2b(values.numpy().data).hexdigest()
+    for name, values in initial_values(model, config, seed):
+        yield name, tuple(values.shape), hashlib.blake2b(values.numpy().data).hexdigest()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from remoe.moe import gates
+from remoe.moe import gates, initial
 from remoe.moe.routing import RouterContext, Routing, without_masked_tokens
 
 
@@ -16,13 +16,8 @@ class ReLURouter(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, init_std: float = 0.01) -> None:
         super().__init__()
         self.top_k = top_k
-        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with init_std: about half of the gates start open (ReMoE §2.7)."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        initial.reset(self, init_std)
 
     def forward(self, hidden_TH: Tensor, context: RouterContext | None = None) -> Routing:
         """Route T tokens; the maths runs in fp32 or wider."""

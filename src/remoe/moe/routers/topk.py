@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from remoe.moe import gates
+from remoe.moe import gates, initial
 from remoe.moe.routing import RouterContext, Routing, without_masked_tokens
 
 
@@ -19,13 +19,8 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.renormalize = renormalize
-        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with init_std."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        initial.reset(self, init_std)
 
     def forward(self, hidden_TH: Tensor, context: RouterContext | None = None) -> Routing:
         """Route T tokens to exactly top_k experts each; the maths runs in fp32 or wider."""
