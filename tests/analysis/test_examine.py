@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from remoe.analysis import write_report
 from remoe.analysis.examine import document_starts, examine, examine_all, pieces
 from remoe.data import TokenDataset, load_tokenizer
 from remoe.errors import CheckpointError, DataError
@@ -75,3 +76,14 @@ def test_a_character_of_several_tokens_stands_at_its_last_one():
     tokenizer = load_tokenizer("bytes")
     ids = [*tokenizer.encode("a\né€").tolist(), tokenizer.eod, 0xFF, ord("b")]
     assert pieces(tokenizer, ids) == ["a", "\n", "", "é", "", "", "€", "<eod>", "", "�b"]
+
+
+def test_a_run_without_checkpoints_is_known_by_its_log(trained_runs, tmp_path):
+    copy = shutil.copytree(trained_runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tokenizer"))
+    record, whole = examine(copy, {}), examine(trained_runs[0], {})
+    assert record.router == "relu"
+    assert record.counts is None
+    assert (record.metrics, record.total_parameters) == (whole.metrics, whole.total_parameters)
+    page = write_report([copy], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="stages"' in page
+    assert 'id="load-map"' not in page

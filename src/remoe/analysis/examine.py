@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from remoe.analysis.collect import RoutingCounts, collect
-from remoe.analysis.metrics import thinned
+from remoe.analysis.metrics import Metrics, thinned
 from remoe.analysis.record import Generation, Passage, RunRecord
 from remoe.config import to_dict, to_yaml
 from remoe.data import Corpus, Tokenizer, load_saved_tokenizer, open_corpus, validation_batches
@@ -16,7 +16,7 @@ from remoe.errors import CheckpointError, DataError
 from remoe.model import ReMoEForCausalLM
 from remoe.model.size import parameter_count
 from remoe.moe import stats
-from remoe.training import Run, load
+from remoe.training import Run, checkpoint, load
 from remoe.training.run import TOKENIZER
 
 COUNTED_TOKENS = 200_000
@@ -37,13 +37,15 @@ def examine_all(paths: Sequence[Path]) -> list[RunRecord]:
 def examine(path: Path, corpora: dict[str, Corpus]) -> RunRecord:
     """Everything a report needs of one run; `corpora` keeps opened text by its settings.
 
-    Raises CheckpointError for a folder that is not a run or has no step logged, DataError if its text has gone or was
-    tokenised differently.
+    A folder without checkpoints, such as one kept for its figures, is known by its log alone. Raises CheckpointError
+    for a folder that is not a run or has no step logged, DataError if its text has gone or was tokenised differently.
     """
     run = Run.open(path)
     rows = run.metrics()
     if not rows:
         raise CheckpointError(f"{path} has logged no step yet; train it first: remoe train {path}/config.yaml --resume")
+    if not checkpoint.paths(run.checkpoints):
+        return _logged(run, thinned(rows))
     corpus, tokenizer = _corpus(run, corpora)
     model = load(path).to(_device(run.config.train.device))
     size = parameter_count(model.config)
@@ -61,6 +63,25 @@ def examine(path: Path, corpora: dict[str, Corpus]) -> RunRecord:
         token_texts=() if counts is None else tuple(tokenizer.token_text(int(i)) for i in counts.token_ids_U),
         passages=() if counts is None else tuple(passage(model, tokenizer, *start) for start in starts),
         generations=tuple(generate(model, tokenizer, starts)),
+    )
+
+
+def _logged(run: Run, metrics: Metrics) -> RunRecord:
+    """What the log says of a run whose model is not there."""
+    model = run.config.model
+    size = parameter_count(model)
+    return RunRecord(
+        name=run.config.name,
+        router=model.moe.router_name if model.num_moe_layers else "dense",
+        config=to_dict(run.config),
+        corpus={},
+        total_parameters=size.total,
+        active_parameters=size.active,
+        metrics=metrics,
+        counts=None,
+        token_texts=(),
+        passages=(),
+        generations=(),
     )
 
 

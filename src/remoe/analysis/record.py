@@ -38,7 +38,10 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `counts` is None for a dense model; `token_texts` are the texts of `counts.token_ids_U`."""
+    """One run. `counts` is None for a dense model, or one known by its log alone.
+
+    `token_texts` are the texts of `counts.token_ids_U`.
+    """
 
     name: str
     router: str

@@ -71,7 +71,7 @@ def _summary(run: RunRecord) -> RunSummary:
         best_loss=float(losses.min()) if len(losses) else None,
         per_domain=dict(run.metrics.last("valid_loss_per_domain") or {}),
         active_experts=_active(run),
-        sparsity=run.metrics.mean_of_last_quarter("sparsity") if run.counts is not None else None,
+        sparsity=run.metrics.mean_of_last_quarter("sparsity") if run.router != "dense" else None,
         tokens_per_second=run.metrics.mean_of_last_quarter("tokens_per_second"),
         tokens=run.metrics.last("tokens"),
         steps=run.metrics.last("step"),
@@ -81,8 +81,8 @@ def _summary(run: RunRecord) -> RunSummary:
 
 
 def _active(run: RunRecord) -> float | None:
-    if run.counts is None:
-        return None
+    if run.counts is None:  # dense, or known by its log alone
+        return run.metrics.last("active_experts") if run.router != "dense" else None
     return float(run.counts.load_LDE.sum() / run.counts.num_tokens / len(run.counts.layers))
 
 
