@@ -3,8 +3,9 @@
 
     python tools/kill_campaign.py --points 20
 
-Each point is a run of its own: started, killed with SIGKILL after a random time (also in the middle of writing a
-checkpoint), then resumed to its end. Prints a table; the exit code is 1 if any continuation differs in any bit.
+Each point is a run of its own: started, killed with SIGKILL at a random moment of a random step (step 0: while it
+starts; some moments fall into the writing of a checkpoint), then resumed to its end. Prints a table; the exit code is 1
+if any continuation differs in any bit.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +46,13 @@ SETTINGS: dict[str, Any] = {
         "device": "cpu",
     },
 }
+
+
+class Moment(NamedTuple):
+    """When to kill: so many seconds after a step was logged, or after the start for step 0."""
+
+    step: int
+    delay: float
 
 
 class Outcome(NamedTuple):
@@ -84,9 +93,8 @@ def campaign(context: ForkServerContext, arguments: argparse.Namespace, root: Pa
     )
     draw, failures = random.Random(arguments.seed), 0
     for point in range(1, arguments.points + 1):
-        outcome = kill_and_resume(
-            context, settings | {"name": f"point-{point}"}, root, draw.uniform(0, duration), expected
-        )
+        moment = Moment(draw.randrange(arguments.steps - 2), draw.uniform(0, 2 * duration / arguments.steps))
+        outcome = kill_and_resume(context, settings | {"name": f"point-{point}"}, root, moment, expected)
         print(format_row(point, outcome), flush=True)
         failures += not outcome.is_identical
     print(f"\n{arguments.points - failures} of {arguments.points} continuations are identical")
@@ -121,15 +129,26 @@ def train_in_process(context: ForkServerContext, settings: dict[str, Any], root:
         raise SystemExit(f"run {settings['name']} failed with exit code {process.exitcode}")
 
 
+def wait_for(metrics: Path, step: int) -> None:
+    """Return once the step is logged."""
+    while step and (not metrics.exists() or metrics.read_bytes().count(b"\n") < step):
+        time.sleep(0.001)
+
+
 def kill_and_resume(
-    context: ForkServerContext, settings: dict[str, Any], root: Path, seconds: float, expected: list[dict[str, Any]]
+    context: ForkServerContext, settings: dict[str, Any], root: Path, moment: Moment, expected: list[dict[str, Any]]
 ) -> Outcome:
-    """Start a run, kill it after some seconds, resume it, and compare."""
+    """Start a run, kill it at a moment, resume it, and compare."""
     process = context.Process(target=train_child, args=(settings, root))
+    started = time.perf_counter()
     process.start()
-    time.sleep(seconds)
+    wait_for(root / settings["name"] / "metrics.jsonl", moment.step)
+    time.sleep(moment.delay)
     process.kill()
     process.join()
+    seconds = time.perf_counter() - started
+    if process.exitcode != -signal.SIGKILL:
+        raise SystemExit(f"run {settings['name']} ended with {process.exitcode} before it could be killed")
     run = root / settings["name"]
     checkpoints = [path.name for path in run.glob("checkpoints/step_*")]
     finished = [int(name.removeprefix("step_")) for name in checkpoints if not name.endswith(".tmp")]
