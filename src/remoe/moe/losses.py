@@ -12,7 +12,8 @@ from remoe.moe.routing import Routing, count_tokens
 
 def sparsity_l1(routing: Routing, top_k: int, load_balanced: bool = True, loads_E: Tensor | None = None) -> Tensor:
     """(1/T) sum of f_e R_te with f_e = (E/k) n_e/T (ReMoE eq. 10), or f_e = 1: plain L1 (eq. 9). top_k is k*G."""
-    gate_sums_E = routing.weights_TE.sum(0) / _token_count(routing)
+    gates_TE = routing.weights_TE if routing.penalized_TE is None else routing.penalized_TE
+    gate_sums_E = gates_TE.sum(0) / _token_count(routing)
     if not load_balanced:
         return gate_sums_E.sum()
     num_experts = routing.weights_TE.shape[1]

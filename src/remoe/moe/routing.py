@@ -21,6 +21,8 @@ class Routing(NamedTuple):
     """Bool: which tokens count in losses and statistics; None: all."""
     overflow: Tensor | None = None
     """0-dim bool of the capacity policy: the buffer was too small, the step must be run again; else None."""
+    penalized_TE: Tensor | None = None
+    """What the L1 term sums where it is not the weights: the gates before they were normalised; else None."""
 
 
 class RouterContext(NamedTuple):
@@ -62,4 +64,5 @@ def without_masked_tokens(routing: Routing, context: RouterContext | None) -> Ro
         weights_TE=routing.weights_TE.masked_fill(~mask_T1, 0),
         routing_map_TE=routing.routing_map_TE & mask_T1,
         token_mask_T=context.token_mask_T,
+        penalized_TE=None if routing.penalized_TE is None else routing.penalized_TE.masked_fill(~mask_T1, 0),
     )
