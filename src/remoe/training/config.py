@@ -6,6 +6,7 @@ from remoe.config import check_choice, check_range, config_class, setting
 from remoe.data.config import DataConfig
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
+from remoe.moe.update_rule import UpdateRule
 
 
 @config_class
@@ -46,8 +47,8 @@ class LossConfig:
 
 
 @config_class
-class SparsityConfig:
-    """The adaptive L1 coefficient of ReLU routing (ReMoE eq. 7, 10)."""
+class SparsityConfig(UpdateRule):
+    """The adaptive L1 coefficient of ReLU routing (ReMoE eq. 7, 10), and help for layers that it starves."""
 
     init: float = setting(1.0e-8, "coefficient of the first step")
     multiplier: float = setting(1.2, "factor of one update")
@@ -57,8 +58,12 @@ class SparsityConfig:
     per_layer: bool = setting(False, "one coefficient a layer (an experiment)")
     mode: str = setting("paper", "paper, or released: sum over layers, loads of the micro-batch, a tie lowers")
     loads: str = setting("data_ranks", "whose loads weigh the term: data_ranks, micro_batch or previous_step")
+    hold_below_lr: float = setting(0.0, "hold the coefficient once the lr is below this share of its peak; 0: never")
+    density_floor: float = setting(0.0, "spare a layer whose density is below this share of the target; 0: none")
+    revival_coef: float = setting(0.0, "times the pull at the nearest gates of starving layers and idle experts")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("sparsity.mode", self.mode, ("paper", "released"))
         check_choice("sparsity.loads", self.loads, ("data_ranks", "micro_batch", "previous_step"))
         if self.multiplier <= 1:
@@ -69,6 +74,14 @@ class SparsityConfig:
             raise ConfigError(
                 f"sparsity.init is {self.init}, must be between sparsity.min_coef = {self.min_coef} (above 0) "
                 f"and sparsity.max_coef = {self.max_coef}"
+            )
+        check_range("sparsity.hold_below_lr", self.hold_below_lr, 0.0, 1.0)
+        check_range("sparsity.density_floor", self.density_floor, 0.0, 1.0)
+        check_range("sparsity.revival_coef", self.revival_coef, 0.0)
+        if self.mode == "released" and self.is_smoother:
+            raise ConfigError(
+                "sparsity.mode is 'released', whose rule is the sign rule; use mode paper, or leave sparsity.rule, "
+                "dead_band and average at their defaults"
             )
 
 

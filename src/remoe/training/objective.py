@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remoe.moe import losses
+from remoe.moe.revival import is_starving, revival
 from remoe.moe.routing import Routing
 from remoe.training.config import LossConfig, SparsityConfig
 
@@ -51,7 +52,16 @@ class Objective:
             terms["load_balancing"] = torch.stack([losses.load_balancing(r, self.top_k) for r in routings])
         if self.losses.router_z_coef > 0 and routings[0].logits_TE is not None:
             terms["router_z"] = torch.stack([losses.router_z(r) for r in routings])
+        if self.penalty == "sparsity_l1" and self.sparsity.revival_coef > 0:
+            terms["revival"] = torch.stack([revival(r, self.top_k, self.sparsity.density_floor) for r in routings])
         return terms
+
+    def spare_starving(self, routings: Sequence[Routing], sparsity_coef: Tensor | None) -> Tensor | None:
+        """The coefficient of each layer: 0 for those below `sparsity.density_floor`, where there is one."""
+        if sparsity_coef is None or self.sparsity.density_floor == 0:
+            return sparsity_coef
+        starving_L = torch.stack([is_starving(r, self.top_k, self.sparsity.density_floor) for r in routings])
+        return torch.where(starving_L, 0, sparsity_coef)
 
     def penalties(self, terms: dict[str, Tensor], sparsity_coef: Tensor | None) -> Tensor | float:
         """The weighted sum that is added to the language-model loss. `sparsity_coef` is 0-dim or [L]."""
@@ -63,6 +73,8 @@ class Objective:
             total = total + self.losses.load_balancing_coef * terms["load_balancing"].sum()
         if "router_z" in terms:
             total = total + self.losses.router_z_coef * terms["router_z"].sum()
+        if "revival" in terms:
+            total = total + self.sparsity.revival_coef * terms["revival"].sum()
         return total
 
     def over_layers(self, name: str, values_L: Tensor) -> Tensor:

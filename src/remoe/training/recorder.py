@@ -17,7 +17,8 @@ from remoe.training.sinks import Sinks
 
 Numbers = Mapping[str, Any]
 SCALARS = ("lm_loss", "loss", "grad_norm", "flip_rate", "flip_count")
-TERMS = ("sparsity_l1", "load_balancing", "router_z")
+TERMS = ("sparsity_l1", "load_balancing", "router_z", "revival")
+ALWAYS = ("sparsity_l1", "load_balancing")
 
 
 class Pending(NamedTuple):
@@ -106,9 +107,7 @@ def summarise(numbers: Numbers, known: Metrics, mode: str) -> Metrics:
     metrics: Metrics = dict(known)
     metrics |= {name: numbers[name] for name in SCALARS if name in numbers}
     metrics["skipped"] = int(numbers["skipped"])
-    metrics |= {
-        name: over_layers(name, numbers.get(name), mode) for name in TERMS if name in numbers or name != "router_z"
-    }
+    metrics |= {name: over_layers(name, numbers.get(name), mode) for name in TERMS if name in numbers or name in ALWAYS}
     metrics["sparsity_coef"] = _mean(numbers.get("sparsity_coef"))
     layers = {name: numbers[name] for name in TERMS if name in numbers}
     if isinstance(numbers.get("sparsity_coef"), list):

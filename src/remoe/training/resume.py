@@ -22,7 +22,8 @@ CHANGEABLE = {
 
 def check_resume(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise ConfigError, naming key and both values, where the config does not go on with the checkpoint's."""
-    saved, wanted = _flat(checkpoint.record["config"]), _flat(to_dict(config))
+    defaults = _flat(to_dict(TrainConfig()))  # what a checkpoint from before a key existed was trained with
+    saved, wanted = defaults | _flat(checkpoint.record["config"]), _flat(to_dict(config))
     for key in sorted(saved.keys() | wanted.keys()):
         if key.startswith("parallel.") or key in CHANGEABLE or saved.get(key) == wanted.get(key):
             continue

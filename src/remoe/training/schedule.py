@@ -16,6 +16,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * _height(config, min(1.0, progress), steps)
 
 
+def has_decayed(config: OptimizerConfig, step: int, steps: int, share: float) -> bool:
+    """Whether the learning rate of `step`, once warmed up, is below this share of its peak."""
+    return step > config.warmup_steps and learning_rate(config, step, steps) < share * config.lr
+
+
 def _height(config: OptimizerConfig, progress: float, steps: int) -> float:
     """Where the schedule stands between peak (1) and min_lr (0); progress counts from the end of the warm-up."""
     if config.schedule == "constant":

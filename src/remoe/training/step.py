@@ -18,7 +18,7 @@ from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts, count
 from remoe.training.objective import IGNORED_LABEL, Objective, lm_loss
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
-from remoe.training.schedule import learning_rate
+from remoe.training.schedule import has_decayed, learning_rate
 
 Values = dict[str, Tensor]
 
@@ -96,7 +96,7 @@ class Stepper:
         routings = [routing for routing in output.routings if routing is not None]
         lm = lm_loss(output.logits, batch.labels_BS, num_labels)
         terms = self.objective.terms(routings, self._loads(routings))
-        loss = lm + share * self.objective.penalties(terms, coef)
+        loss = lm + share * self.objective.penalties(terms, self.objective.spare_starving(routings, coef))
         return {"loss": loss, "lm_loss": lm} | {name: share * term_L for name, term_L in terms.items()}, routings
 
     def _loads(self, routings: list) -> Tensor | None:
@@ -116,7 +116,8 @@ class Stepper:
         if self.controller is not None:
             per_layer = self.config.sparsity.per_layer
             active, total = counts.active_L, counts.total_L
-            self.controller.update(*((active, total) if per_layer else (active.sum(), total.sum())), skipped)
+            hold = has_decayed(self.config.optimizer, step, self.config.train.steps, self.config.sparsity.hold_below_lr)
+            self.controller.update(*((active, total) if per_layer else (active.sum(), total.sum())), skipped | hold)
         if self.loads_LE is not None:
             self.loads_LE = torch.where(skipped, self.loads_LE, counts.loads_LE)
             self.has_loads = self.has_loads | ~skipped
@@ -131,7 +132,7 @@ class Stepper:
         optimizer = {f"optimizer.{n}": value for n, value in optimizer_tensors(self.model, self.optimizer).items()}
         progress = {"progress.skipped": self.skipped, "progress.skipped_in_a_row": self.skipped_in_a_row}
         if self.controller is not None:
-            progress["sparsity.log_coef"] = self.controller.state_dict()["log_coef"]
+            progress |= {f"sparsity.{name}": value for name, value in self.controller.state_dict().items()}
         if self.loads_LE is not None:
             progress |= {"sparsity.loads": self.loads_LE, "sparsity.has_loads": self.has_loads}
         return model | optimizer | progress
@@ -156,6 +157,10 @@ def build_controller(config: TrainConfig, num_layers: int) -> SparsityController
         max_coef=sparsity.max_coef,
         num_layers=num_layers if sparsity.per_layer else None,
         released=sparsity.mode == "released",
+        rule=sparsity.rule,
+        full_step_at=sparsity.full_step_at,
+        dead_band=sparsity.dead_band,
+        average=sparsity.average,
     )
 
 
