@@ -18,7 +18,8 @@ from remoe.model.init import initialise
 from remoe.model.linear import Embedding, Linear
 from remoe.model.placement import Placement, place_tokens
 from remoe.model.rotary import rotary_angles
-from remoe.moe import RouterContext, Routing
+from remoe.moe import MoE, RouterContext, Routing
+from remoe.moe.cells import share_cell
 
 
 class ModelOutput(NamedTuple):
@@ -31,7 +32,7 @@ class ModelOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm; with recurrent routers also the one cell that they share."""
 
     def __init__(self, config: ReMoEConfig, vocab_size: int) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(
         self, tokens_BS: Tensor, placement: Placement, cache: KVCache | None

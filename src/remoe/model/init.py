@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.model.config import ReMoEConfig
-from remoe.moe.initial import Constant, Initial, Normal, StatesInitial
+from remoe.moe.initial import Constant, Initial, Normal, stated_values
 
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
@@ -29,7 +29,7 @@ def initialise(model: nn.Module, config: ReMoEConfig, seed: int) -> None:
 
 def initial_values(model: nn.Module, config: ReMoEConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and first values, on the CPU, one at a time; the model may be on the meta device."""
-    stated = _stated(model)
+    stated = stated_values(model)
     for name, parameter in model.named_parameters():
         initial = stated.get(name) or initial_of(name, config)
         yield name, initial.draw(parameter.shape, _generator(seed, name))
@@ -42,15 +42,6 @@ def initial_of(name: str, config: ReMoEConfig) -> Initial:
     if name.endswith(_OUTPUT_PROJECTIONS):
         return Normal(config.init_std / math.sqrt(2 * config.num_layers))
     return Normal(config.init_std)
-
-
-def _stated(model: nn.Module) -> dict[str, Initial]:
-    return {
-        f"{prefix}.{name}": initial
-        for prefix, module in model.named_modules()
-        if isinstance(module, StatesInitial)
-        for name, initial in module.initial_values().items()
-    }
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -1,10 +1,14 @@
 """Parameters, FLOPs and memory of a model, from its config alone."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig, router_without_values
+from remoe.moe.cells import share_cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,8 @@ def parameter_count(config: ReMoEConfig) -> ParameterCount:
     vocabulary = _vocab_size(config) * hidden * (1 if config.tie_embeddings else 2)
     attention = 2 * hidden * config.head_width * (config.num_heads + config.kv_heads)
     mlp = 3 * hidden * config.intermediate_size
-    router = _router_parameters(config) if moe_layers else 0
-    shared = vocabulary + layers * (attention + 2 * hidden) + hidden + moe_layers * router + (layers - moe_layers) * mlp
+    routers = _router_parameters(config) if moe_layers else 0
+    shared = vocabulary + layers * (attention + 2 * hidden) + hidden + routers + (layers - moe_layers) * mlp
     return ParameterCount(
         total=shared + moe_layers * mlp * config.num_experts, active=shared + moe_layers * mlp * config.top_k
     )
@@ -170,7 +174,9 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
     """A token's share: residual, norm output (fp32 for the router), routing, and rows' pre-activations and lists."""
     cast = workload.compute_bytes * config.hidden_size if workload.precision == "bf16" else 0
     pair = workload.compute_bytes * 2 * config.moe.expert_size + 3 * 8
-    return 8 * config.hidden_size + cast + _routing_bytes(config) + active_experts * pair
+    state_size: Any = router_without_values(config.moe).state_size
+    cell = 4 * 5 * state_size  # the state and four gates (RMoE §2.13)
+    return 8 * config.hidden_size + cast + _routing_bytes(config) + cell + active_experts * pair
 
 
 def _routing_bytes(config: ReMoEConfig) -> int:
@@ -199,4 +205,11 @@ def _vocab_size(config: ReMoEConfig) -> int:
 
 
 def _router_parameters(config: ReMoEConfig) -> int:
-    return sum(parameter.numel() for parameter in router_without_values(config.moe).parameters())
+    """All layers' routers, and once the cell that recurrent ones share."""
+    router = router_without_values(config.moe)
+    cell = share_cell([router])
+    return config.num_moe_layers * _num_parameters(router) + (_num_parameters(cell) if cell else 0)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,7 +1,7 @@
 """How a parameter's first values are drawn, as data: a router states it, the layer and the model draw it."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,21 @@ class StatesInitial(Protocol):
     def initial_values(self) -> Mapping[str, Initial]: ...
 
 
+def stated_values(module: nn.Module) -> dict[str, Initial]:
+    """What a module and all modules below it state, by name below it."""
+    parts = cast(Iterable[tuple[str, nn.Module]], module.named_modules())
+    return {
+        f"{prefix}.{name}" if prefix else name: initial
+        for prefix, part in parts
+        if isinstance(part, StatesInitial)
+        for name, initial in part.initial_values().items()
+    }
+
+
 @torch.no_grad()
 def reset(module: nn.Module, init_std: float) -> None:
-    """Draw a module's parameters as it states, the others N(0, init_std), from torch's global generator."""
-    stated: Mapping[str, Initial] = module.initial_values() if isinstance(module, StatesInitial) else {}
+    """Draw a module's parameters as it and its parts state, the others N(0, init_std), from the global generator."""
+    stated = stated_values(module)
     for name, parameter in module.named_parameters():
         initial = stated.get(name) or Normal(init_std)
         if not parameter.is_meta:

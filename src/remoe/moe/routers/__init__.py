@@ -1,5 +1,6 @@
 """The routers by name. A new one is one file and one line here."""
 
+import dataclasses
 import importlib
 import inspect
 from typing import Any, cast
@@ -10,7 +11,9 @@ from remoe.config import check_range
 from remoe.errors import ConfigError, nearest
 
 ROUTERS = {
+    "recurrent_relu": "remoe.moe.routers.recurrent:RecurrentReLURouter",
     "relu": "remoe.moe.routers.relu:ReLURouter",
+    "rmoe": "remoe.moe.routers.recurrent:RMoERouter",
     "topk": "remoe.moe.routers.topk:TopKRouter",
 }
 
@@ -38,5 +41,8 @@ def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **op
 
 
 def _option_names(cls: type[nn.Module]) -> list[str]:
+    """Keyword-only arguments, and the fields of the config class `options` of a router that has many."""
     parameters = inspect.signature(cls).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    names = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    many = getattr(cls, "options", None)
+    return names if many is None else names + [field.name for field in dataclasses.fields(many)]
