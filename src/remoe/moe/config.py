@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from remoe.config import check_range, config_class, setting
+from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
 
 
@@ -17,12 +17,19 @@ class MoEConfig:
     granularity: int = setting(1, "G: E*G experts of width F/G, k*G active (ReMoE eq. 12)")
     router: str | dict[str, Any] = setting("relu", "router name, or {name: NAME, option: value, ...}")
     init_std: float = setting(0.01, "standard deviation of the initial weights (ReMoE's scripts: 0.01)")
+    experts: str = setting("swiglu", "swiglu, or relu: two matrices with biases (RMoE's character models)")
+    dropout: float = setting(0.0, "dropout inside relu experts")
 
     def __post_init__(self) -> None:
         check_range("hidden_size", self.hidden_size, 1)
         check_range("intermediate_size", self.intermediate_size, 1)
         check_range("num_experts", self.num_experts, 1)
         check_range("granularity", self.granularity, 1)
+        check_choice("experts", self.experts, ("swiglu", "relu"))
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+        if self.dropout and self.experts != "relu":
+            raise ConfigError(f"dropout is {self.dropout}, must be 0 with experts {self.experts}; relu experts have it")
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}, must be between 1 and num_experts = {self.num_experts}")
         if self.intermediate_size % self.granularity:

@@ -25,13 +25,14 @@ class GroupedExperts(nn.Module):
 
         Computes in hidden_TH's dtype, or autocast's; gates and sums stay in fp32 or wider.
         """
-        dtype = _compute_dtype(hidden_TH)
+        dtype = compute_dtype(hidden_TH)
         out_TH, _ = expert_mlp(
             hidden_TH.to(dtype), weights_TE, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *plan
         )
         return out_TH
 
 
-def _compute_dtype(hidden_TH: Tensor) -> torch.dtype:
+def compute_dtype(hidden_TH: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's where it is on, else the tensor's."""
     device = hidden_TH.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype

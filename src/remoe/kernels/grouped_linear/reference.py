@@ -1,0 +1,11 @@
+"""The meaning of remoe::grouped_linear in plain PyTorch."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grouped_linear(rows_NI: Tensor, weight: Tensor, bias: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Rows expert_offsets[e] to expert_offsets[e+1] through expert e's own W x + b."""
+    groups = rows_NI.split(expert_offsets.diff().tolist())
+    return torch.cat([F.linear(*group) for group in zip(groups, weight, bias, strict=True)])
