@@ -5,11 +5,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """logits_TE = X W^T in fp32 or wider, also under autocast: rounding near a gate's threshold flips experts."""
+def linear_logits(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """logits_TE = X W^T + b in fp32 or wider, also under autocast: rounding near a gate's threshold flips experts."""
     dtype = torch.promote_types(weight_EH.dtype, torch.float32)
+    bias_E = None if bias_E is None else bias_E.to(dtype)
     with torch.autocast(hidden_TH.device.type, enabled=False):  # autocast would undo the cast
-        return F.linear(hidden_TH.to(dtype), weight_EH.to(dtype))
+        return F.linear(hidden_TH.to(dtype), weight_EH.to(dtype), bias_E)
+
+
+def cosine_logits(
+    hidden_TH: Tensor, weight_EH: Tensor, temperature: Tensor | float = 1.0, unit_hidden: bool = True
+) -> Tensor:
+    """logits_TE = cos(x, w_e) / temperature (RMoE §3.5) in fp32 or wider, also under autocast.
+
+    Without `unit_hidden` only the w_e are unit vectors, and the length of x counts (RMoE's base code, §3.6, §3.7).
+    """
+    dtype = torch.promote_types(weight_EH.dtype, torch.float32)
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        hidden_TH, weight_EH = hidden_TH.to(dtype), F.normalize(weight_EH.to(dtype), dim=-1)
+        return F.linear(F.normalize(hidden_TH, dim=-1) if unit_hidden else hidden_TH, weight_EH) / temperature
+
+
+def renormalizes(renormalize: bool | None, top_k: int) -> bool:
+    """The routers' option of that name; None: as RMoE does from k = 2 on.
+
+    With k = 1 the one gate would become 1, and the router would learn nothing from the language-model loss.
+    """
+    return top_k > 1 if renormalize is None else renormalize
 
 
 def relu(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
