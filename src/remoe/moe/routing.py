@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+class Merging(NamedTuple):
+    """What merged experts need (Lory): runs of tokens, each with one expert made of all E by its weights."""
+
+    first_J: Tensor
+    """int64 [J], ascending from 0: where each run begins."""
+    weights_JE: Tensor
+    """The share of each expert in a run's merged one."""
+    counted_T: Tensor
+    """Bool: tokens that are not masked; the others get 0."""
+
+
 class Routing(NamedTuple):
     """Everything a router decided for T tokens and E experts. Masked tokens have weight 0 and no expert."""
 
@@ -25,6 +36,10 @@ class Routing(NamedTuple):
     """What the L1 term sums where it is not the weights: the gates before they were normalised; else None."""
 
 
+    merging: Merging | None = None
+    """Set by routers whose experts are merged ones, else None."""
+
+
 class RouterContext(NamedTuple):
     """What a router may need besides hidden states; each field None if absent."""
 
@@ -35,10 +50,18 @@ class RouterContext(NamedTuple):
     """Bool: first token of each sequence or packed document."""
     layer_index: int | None = None
     cache: Any = None
+    """While text is generated: a dict in which a router may keep, by layer_index, what it needs of earlier tokens."""
 
 
 class Router(Protocol):
-    """Maps hidden_TH to a Routing. The linear ones hold `weight` [E, H]."""
+    """Maps hidden_TH to a Routing. The linear ones hold `weight` [E, H].
+
+    What a router may have besides: `experts`, the kind it works with ("grouped" unless it says "merged"); and, called
+    by the trainer, `prepare(token_counts_V, layer_index)` before the first step, with how often each token id occurs
+    in the training text; `observe(routing)`, a tensor with what it wants to know of a micro-batch; after the
+    optimizer's step `absorb(observed)`, the mean of those, and `after_step(tokens_per_expert_E, step)`. A router that
+    can be evaluated in several ways names them in `evaluations`, and the one in force in `evaluation`.
+    """
 
     state_size: int
     """Width P of the state handed from layer to layer; 0 for routers without one."""
@@ -60,9 +83,13 @@ def without_masked_tokens(routing: Routing, context: RouterContext | None) -> Ro
     if context is None or context.token_mask_T is None:
         return routing
     mask_T1 = context.token_mask_T[:, None]
-    return routing._replace(
-        weights_TE=routing.weights_TE.masked_fill(~mask_T1, 0),
-        routing_map_TE=routing.routing_map_TE & mask_T1,
-        token_mask_T=context.token_mask_T,
-        penalized_TE=None if routing.penalized_TE is None else routing.penalized_TE.masked_fill(~mask_T1, 0),
+    penalized_TE = routing.penalized_TE
+    return Routing(  # torch 2.11 cannot return the result of `_replace` from a compiled graph
+        routing.weights_TE.masked_fill(~mask_T1, 0),
+        routing.routing_map_TE & mask_T1,
+        routing.logits_TE,
+        routing.state_TP,
+        context.token_mask_T,
+        routing.overflow,
+        None if penalized_TE is None else penalized_TE.masked_fill(~mask_T1, 0),
     )
