@@ -25,7 +25,7 @@ class RecurrentOptions:
     norm_eps: float = setting(1e-6, "epsilon of N; h of the first layer is small")
     scale: float = setting(1.0, "factor s on N(h)")
     gate: str = setting("topk", "topk (softmax) or relu")
-    renormalize: bool = setting(True, "topk gate: the k probabilities are divided by their sum")
+    renormalize: bool | None = setting(None, "topk gate: divide the k probabilities by their sum; null: from k = 2 on")
     head: str = setting("linear", "linear, or cosine: XMoE's head on h (XMoE+GRU)")
     head_size: int = setting(16, "cosine head: width of the space it compares in")
     temperature: float = setting(0.3, "cosine head: first value of the learned temperature")
@@ -50,8 +50,11 @@ class RecurrentOptions:
         check_choice("router.initial", self.initial, ("normal", "library", "matched"))
         if self.initial == "matched" and self.norm == "none":
             raise ConfigError("router.initial is 'matched', needs router.norm: rms; without it h has no known scale")
-        if self.head == "cosine" and self.bias:
-            raise ConfigError("router.bias is true, must be false with router.head: cosine, which has no bias")
+        for key in ("bias", "input_residual"):
+            if self.head == "cosine" and getattr(self, key):
+                raise ConfigError(f"router.{key} is true, must be false with router.head: cosine")
+        if self.temperature <= 0:
+            raise ConfigError(f"router.temperature is {self.temperature}, must be above 0; try 0.3")
 
 
 def build_cell(options: RecurrentOptions, hidden_size: int) -> Cell:

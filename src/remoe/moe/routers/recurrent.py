@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from remoe.config import from_dict
 from remoe.moe import gates, initial
 from remoe.moe.cells import affine
-from remoe.moe.initial import Constant, Initial, Normal, Uniform
+from remoe.moe.initial import Constant, Initial, Normal, Orthogonal, Uniform
 from remoe.moe.recurrence import RecurrentOptions, build_cell, given_state, normalized, passed
 from remoe.moe.routing import RouterContext, Routing, without_masked_tokens
 
@@ -32,6 +32,7 @@ class RMoERouter(nn.Module):
         super().__init__()
         self.config = config = from_dict(RecurrentOptions, {**self.defaults, **options})
         self.top_k = top_k
+        self.renormalize = gates.renormalizes(config.renormalize, top_k)
         self.init_std = init_std
         self.hidden_size = hidden_size
         self.penalty = "sparsity_l1" if config.gate == "relu" else "load_balancing"
@@ -44,21 +45,22 @@ class RMoERouter(nn.Module):
         self.head_proj = _parameter(is_cosine, read_size, width)
         self.head = nn.Parameter(torch.empty(num_experts, read_size))
         self.head_bias = _parameter(config.bias, num_experts)
-        self.temperature = _parameter(is_cosine, 1)
+        self.log_temperature = _parameter(is_cosine, 1)
         self.weight = _parameter(config.input_residual, num_experts, hidden_size)
         initial.reset(self, init_std)
 
     def initial_values(self) -> Mapping[str, Initial]:
         """`matched`: with RMSNorm on h, logits start as wide as a linear router's (§7.4); all biases at 0."""
         config, width = self.config, self.config.state_size
-        values: dict[str, Initial] = {"temperature": Constant(config.temperature)}
+        values: dict[str, Initial] = {"projector_bias": Constant(0.0), "head_bias": Constant(0.0)}
+        projector, head = (Uniform(1 / math.sqrt(size)) for size in (self.hidden_size, width))
         if config.initial == "library":
-            projector, head = (Uniform(1 / math.sqrt(size)) for size in (self.hidden_size, width))
             values |= {"projector": projector, "projector_bias": projector, "head": head, "head_bias": head}
-        else:
-            values |= {"projector_bias": Constant(0.0), "head_bias": Constant(0.0)}
         if config.initial == "matched":
             values["head"] = Normal(self.init_std * math.sqrt(self.hidden_size / width))
+        if config.head == "cosine":  # as XMoE starts
+            values |= {"head_proj": head, "head": Orthogonal(0.32)}
+            values["log_temperature"] = Constant(math.log(config.temperature))
         if config.input_residual:
             values["head"] = Constant(0.0)
         return values
@@ -84,6 +86,8 @@ class RMoERouter(nn.Module):
         return hidden_TH if self.projector is None else affine(hidden_TH, self.projector, self.projector_bias)
 
     def _logits(self, h_TP: Tensor, hidden_TH: Tensor) -> Tensor:
+        if self.log_temperature is not None and self.head_proj is not None:
+            return gates.cosine_logits(affine(h_TP, self.head_proj), self.head, self.log_temperature.exp())
         if self.config.norm == "rms":
             h_TP = normalized(h_TP, self.config.norm_eps)
         logits_TE = affine(self.config.scale * h_TP, self.head, self.head_bias)
@@ -96,7 +100,7 @@ class RMoERouter(nn.Module):
     def _gate(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.gate == "relu":
             return gates.relu(logits_TE)
-        return gates.topk_softmax(logits_TE, self.top_k, self.config.renormalize)
+        return gates.topk_softmax(logits_TE, self.top_k, self.renormalize)
 
 
 class RecurrentReLURouter(RMoERouter):
