@@ -11,10 +11,16 @@ from remoe.config import check_range
 from remoe.errors import ConfigError, nearest
 
 ROUTERS = {
+    "cosine": "remoe.moe.routers.cosine:CosineRouter",
+    "hyper": "remoe.moe.routers.hyper:HyperRouter",
+    "mlp": "remoe.moe.routers.mlp:MLPRouter",
+    "random": "remoe.moe.routers.random:RandomRouter",
     "recurrent_relu": "remoe.moe.routers.recurrent:RecurrentReLURouter",
     "relu": "remoe.moe.routers.relu:ReLURouter",
     "rmoe": "remoe.moe.routers.recurrent:RMoERouter",
+    "stablemoe": "remoe.moe.routers.stablemoe:StableMoERouter",
     "topk": "remoe.moe.routers.topk:TopKRouter",
+    "xmoe": "remoe.moe.routers.xmoe:XMoERouter",
 }
 
 
