@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from remoe.model.cache import KVCache
 from remoe.model.config import ReMoEConfig
 from remoe.model.linear import Linear, in_compute_dtype
-from remoe.model.rotary import rotate
+from remoe.model.placement import Placement
+from remoe.model.rotary import rotary_angles, rotate
 
 
 class AttentionInputs(NamedTuple):
@@ -21,6 +22,20 @@ class AttentionInputs(NamedTuple):
     mask: Tensor | None
     """Bool [B or 1, 1, S, K]; None: plain causal, or one new token that sees all."""
     cache: KVCache | None
+
+
+class RotaryPositions(nn.Module):
+    """Rotary angles of all tokens; no parameters."""
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_width
+        self.theta = config.rope_theta
+
+    def forward(self, placement: Placement, cache: KVCache | None) -> AttentionInputs:
+        """The angles, and which tokens each one may attend to."""
+        angles = rotary_angles(placement.position_BS, self.head_size, self.theta)
+        return AttentionInputs(*angles, placement.attention_mask, cache)
 
 
 class Attention(nn.Module):

@@ -1,5 +1,7 @@
 """Keys and values of the tokens so far, so that generation computes each token once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.token_mask_BS: Tensor | None = None
+        self.router_memory: dict[int, Any] = {}
+        """What routers keep of earlier tokens, by layer."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer_index: int, key_BASD: Tensor, value_BASD: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from remoe.config import check_range, config_class, setting
+from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
 from remoe.moe import MoEConfig, build_router
 
 
 @config_class
 class ReMoEConfig:
-    """A LLaMA-style decoder any of whose layers can be an MoE layer. Defaults are small; recipes hold the papers'."""
+    """A decoder any of whose layers can be an MoE layer. Defaults are small; recipes hold the papers'."""
 
     vocab_size: int | None = setting(None, "token ids; null: the tokenizer's")
     hidden_size: int = setting(256, "width H of the residual stream")
@@ -30,6 +30,9 @@ class ReMoEConfig:
     rope_theta: float = setting(1_000_000.0, "base of the rotary position embedding (ReMoE's scripts)")
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm (ReMoE's scripts)")
     init_std: float = setting(0.01, "initial standard deviation; output projections get it divided by sqrt(2L)")
+    block: str = setting("pre_norm", "pre_norm (LLaMA-style), or post_norm: RMoE's character models")
+    attention_span: int = setting(2048, "post_norm: how many tokens back attention sees")
+    dropout: float = setting(0.0, "post_norm: dropout of attention, in experts and of their output")
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
@@ -40,6 +43,7 @@ class ReMoEConfig:
             if getattr(self, key) <= 0:
                 raise ConfigError(f"model.{key} is {getattr(self, key)}, must be above 0")
         self._check_heads()
+        self._check_block()
         self._check_layers()
         moe = self.moe  # checks the experts' settings, in a dense model too
         if self.num_moe_layers:
@@ -60,6 +64,18 @@ class ReMoEConfig:
                 f"model.num_kv_heads is {self.num_kv_heads}, must divide model.num_heads = {self.num_heads}"
             )
 
+    def _check_block(self) -> None:
+        check_choice("model.block", self.block, ("pre_norm", "post_norm"))
+        check_range("model.attention_span", self.attention_span, 1)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.dropout}, must be at least 0 and below 1")
+        if not self.is_post_norm and self.dropout:
+            raise ConfigError(f"model.dropout is {self.dropout}, must be 0 with model.block pre_norm, which has none")
+        if self.is_post_norm and self.kv_heads != self.num_heads:
+            raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}, must be null with model.block post_norm")
+        if self.is_post_norm and self.tie_embeddings:
+            raise ConfigError("model.tie_embeddings is true, must be false with model.block post_norm")
+
     def _check_layers(self) -> None:
         if isinstance(self.moe_layers, str):
             if self.moe_layers not in ("all", "none"):
@@ -68,6 +84,11 @@ class ReMoEConfig:
         wrong = [layer for layer in self.moe_layers if not 0 <= layer < self.num_layers]
         if wrong:
             raise ConfigError(f"model.moe_layers names layer {wrong[0]}, must be between 0 and {self.num_layers - 1}")
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether this is RMoE's character model: post-norm layers, relative positions, ReLU experts with biases."""
+        return self.block == "post_norm"
 
     @property
     def head_width(self) -> int:
@@ -100,7 +121,10 @@ class ReMoEConfig:
             top_k=self.top_k,
             granularity=self.granularity,
             router=self.router,
+            vocab_size=self.vocab_size,
             init_std=self.init_std,
+            experts="relu" if self.is_post_norm else "swiglu",
+            dropout=self.dropout,
         )
 
 

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers with the router state riding along, final norm, output head."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from remoe.errors import ConfigError
-from remoe.model.attention import AttentionInputs
+from remoe.model.attention import RotaryPositions
 from remoe.model.block import DecoderLayer
 from remoe.model.cache import KVCache
 from remoe.model.config import ReMoEConfig
@@ -17,9 +17,11 @@ from remoe.model.generate import Sampling, generate_tokens
 from remoe.model.init import initialise
 from remoe.model.linear import Embedding, Linear
 from remoe.model.placement import Placement, place_tokens
-from remoe.model.rotary import rotary_angles
+from remoe.model.post_norm import PostNormLayer, outer_values
+from remoe.model.relative_attention import RelativePositions
 from remoe.moe import MoE, RouterContext, Routing
 from remoe.moe.cells import share_cell
+from remoe.moe.initial import Initial
 
 
 class ModelOutput(NamedTuple):
@@ -39,17 +41,18 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        layer_class = PostNormLayer if config.is_post_norm else DecoderLayer
+        self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_layers))
+        self.positions = RelativePositions(config) if config.is_post_norm else RotaryPositions(config)
+        self.norm = nn.Identity() if config.is_post_norm else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(
         self, tokens_BS: Tensor, placement: Placement, cache: KVCache | None
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
         """The normed last hidden states and each layer's routing."""
-        angles = rotary_angles(placement.position_BS, self.config.head_width, self.config.rope_theta)
-        attention = AttentionInputs(*angles, placement.attention_mask, cache)
-        context = _router_context(tokens_BS, placement)
+        attention = self.positions(placement, cache)
+        context = _router_context(tokens_BS, placement, cache)
         hidden_BSH = self.embed_tokens(tokens_BS)
         run = _recomputed if self._recomputes(cache) else _kept
         routings: list[Routing | None] = []
@@ -73,17 +76,18 @@ def _recomputed(layer: nn.Module, *inputs: Any) -> Any:
     return checkpoint(layer, *inputs, use_reentrant=False)
 
 
-def _router_context(tokens_BS: Tensor, placement: Placement) -> RouterContext:
+def _router_context(tokens_BS: Tensor, placement: Placement, cache: KVCache | None) -> RouterContext:
     key_mask_BK = placement.key_mask_BK
     return RouterContext(
         token_ids_T=tokens_BS.flatten(),
         token_mask_T=None if key_mask_BK is None else key_mask_BK[:, -tokens_BS.shape[1] :].flatten(),
         sequence_start_T=placement.sequence_start_BS.flatten(),
+        cache=None if cache is None else cache.router_memory,
     )
 
 
 class ReMoEForCausalLM(nn.Module):
-    """The native language model: a LLaMA-style decoder any of whose layers can be an MoE layer.
+    """The native language model: a decoder, LLaMA-style or post-norm, any of whose layers can be an MoE layer.
 
     Initial values depend on `seed` and each parameter's name only. Built under `torch.device("meta")` it has shapes
     and no values. Raises ConfigError where the config has no vocabulary size.
@@ -95,8 +99,14 @@ class ReMoEForCausalLM(nn.Module):
             raise ConfigError("model.vocab_size is null, must be a number of token ids; set it to the tokenizer's")
         self.config = config
         self.model = Decoder(config, config.vocab_size)
-        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = (
+            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=config.is_post_norm)
+        )
         initialise(self, config, seed)
+
+    def initial_values(self) -> Mapping[str, Initial]:
+        """How embedding and head start where it is not N(0, init_std)."""
+        return outer_values(self.config.hidden_size) if self.config.is_post_norm else {}
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """A projection without bias."""
+    """A projection, without bias unless asked for."""
 
-    def __init__(self, in_size: int, out_size: int) -> None:
-        super().__init__(in_size, out_size, bias=False)
+    def __init__(self, in_size: int, out_size: int, bias: bool = False) -> None:
+        super().__init__(in_size, out_size, bias=bias)
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: the model draws every parameter once, at the end."""

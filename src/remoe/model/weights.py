@@ -20,6 +20,7 @@ from remoe.model.config import ReMoEConfig
 from remoe.model.decoder import ReMoEForCausalLM
 
 SCHEMA_VERSION = 1
+_ADDED_LATER = ("block", "attention_span", "dropout")  # exports from before have the defaults
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 
 
@@ -72,11 +73,11 @@ def read_config(folder: Path) -> ReMoEConfig:
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{path} has schema_version {version}, must be at most {SCHEMA_VERSION}; update remoe")
     names = [field.name for field in fields(ReMoEConfig)]
-    absent = [name for name in names if name not in values]
+    absent = [name for name in names if name not in values and name not in _ADDED_LATER]
     if absent:
         raise CheckpointError(f"{path} has no key {absent[0]!r}; it is not the config of a remoe model")
     try:
-        return from_dict(ReMoEConfig, {name: values[name] for name in names})
+        return from_dict(ReMoEConfig, {name: values[name] for name in names if name in values})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
