@@ -56,4 +56,6 @@ def _text(result: "Evaluation") -> str:
     rows = [
         (name, *(f"{getattr(score, column):.4f}" for column in columns), f"{score.tokens:,}") for name, score in scores
     ]
-    return f"{table(header, rows)}\nactive experts per token: {number(result.active_experts, '.3f')}"
+    text = f"{table(header, rows)}\nactive experts per token: {number(result.active_experts, '.3f')}"
+    others = (f"\n\nevaluated as {way}:\n{_text(other)}" for way, other in result.others.items())
+    return text + "".join(others)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores of one model: of all text together and of each domain; experts per token (None: a dense model)."""
+    """Scores of one model: of all text together and of each domain; experts per token (None: a dense model).
+
+    `others` holds the same for the other ways in which its routers can be evaluated, by name; mostly none.
+    """
 
     total: Score
     per_domain: dict[str, Score]
     active_experts: float | None
+    others: dict[str, "Evaluation"] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -81,7 +85,8 @@ def summarise(result: dict[str, Any], sizes: dict[str, TextSize]) -> Evaluation:
     nats = sum(score.loss * score.tokens for score in per_domain.values())
     whole = TextSize(*(sum(column) for column in zip(*sizes.values(), strict=True)))
     total = _score(nats, sum(result["labels"].values()), whole)
-    return Evaluation(total=total, per_domain=per_domain, active_experts=result["active_experts"])
+    others = {way: summarise(other, sizes) for way, other in result.get("others", {}).items()}
+    return Evaluation(total=total, per_domain=per_domain, active_experts=result["active_experts"], others=others)
 
 
 def _score(nats: float, tokens: int, size: TextSize) -> Score:

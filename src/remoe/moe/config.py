@@ -16,6 +16,7 @@ class MoEConfig:
     top_k: int = setting(1, "experts k per token before granularity (an average for ReLU routing)")
     granularity: int = setting(1, "G: E*G experts of width F/G, k*G active (ReMoE eq. 12)")
     router: str | dict[str, Any] = setting("relu", "router name, or {name: NAME, option: value, ...}")
+    vocab_size: int | None = setting(None, "token ids, for routers with a table of them (balanced hashing)")
     init_std: float = setting(0.01, "standard deviation of the initial weights (ReMoE's scripts: 0.01)")
     experts: str = setting("swiglu", "swiglu, or relu: two matrices with biases (RMoE's character models)")
     dropout: float = setting(0.0, "dropout inside relu experts")

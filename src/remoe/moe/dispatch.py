@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from remoe.kernels.dispatch_lists import dispatch_lists
+from remoe.moe.routing import Merging, Routing
 
 
 class DispatchPlan(NamedTuple):
@@ -25,3 +26,8 @@ class DispatchPlan(NamedTuple):
 def plan(routing_map_TE: Tensor) -> DispatchPlan:
     """Sort the active pairs of a bool routing map by expert; tokens and experts without pairs are fine."""
     return DispatchPlan(*dispatch_lists(routing_map_TE))
+
+
+def plan_of(routing: Routing) -> DispatchPlan | Merging:
+    """What a routing's experts need: the rows of each, or how they are merged."""
+    return plan(routing.routing_map_TE) if routing.merging is None else routing.merging

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from remoe.kernels.expert_mlp import expert_mlp
 from remoe.moe import initial
 from remoe.moe.dispatch import DispatchPlan
+from remoe.moe.routing import Merging
 
 
 class GroupedExperts(nn.Module):
@@ -29,6 +30,25 @@ class GroupedExperts(nn.Module):
         out_TH, _ = expert_mlp(
             hidden_TH.to(dtype), weights_TE, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *plan
         )
+        return out_TH
+
+
+class MergedExperts(GroupedExperts):
+    """The same parameters, but each run of tokens goes through one expert: the weighted sum of all (Lory)."""
+
+    def forward(self, hidden_TH: Tensor, plan: Merging, weights_TE: Tensor) -> Tensor:  # pyright: ignore
+        """Merge each matrix by itself for every run and run its tokens through the result [T, H]."""
+        dtype = compute_dtype(hidden_TH)
+        weights_JE = plan.weights_JE.to(dtype)
+        gate_up_J2FH, down_JHF = (
+            (weights_JE @ matrices.to(dtype).flatten(1)).view(len(weights_JE), *matrices.shape[1:])
+            for matrices in (self.gate_up_proj, self.down_proj)
+        )
+        index_T = torch.arange(len(hidden_TH) + 1, device=hidden_TH.device)
+        run_offsets = torch.cat((plan.first_J, index_T[-1:]))
+        one_expert = (index_T[:-1], index_T[:-1], index_T[:-1], run_offsets, index_T)
+        gates_T1 = plan.counted_T[:, None].to(weights_TE.dtype)
+        out_TH, _ = expert_mlp(hidden_TH.to(dtype), gates_T1, gate_up_J2FH, down_JHF, *one_expert)
         return out_TH
 
 

@@ -57,10 +57,11 @@ class Router(Protocol):
     """Maps hidden_TH to a Routing. The linear ones hold `weight` [E, H].
 
     What a router may have besides: `experts`, the kind it works with ("grouped" unless it says "merged"); and, called
-    by the trainer, `prepare(token_counts_V, layer_index)` before the first step, with how often each token id occurs
-    in the training text; `observe(routing)`, a tensor with what it wants to know of a micro-batch; after the
-    optimizer's step `absorb(observed)`, the mean of those, and `after_step(tokens_per_expert_E, step)`. A router that
-    can be evaluated in several ways names them in `evaluations`, and the one in force in `evaluation`.
+    by the trainer: `prepare(token_counts_V, layer_index)` before the first step where `needs_token_counts`, with how
+    often each token id occurs in the training text; `observe(routing)`, a tensor with what it wants to know of a
+    micro-batch; after the optimizer's step `absorb(observed)` with the mean of those, then
+    `after_step(tokens_per_expert_E, step)`. A router that can be evaluated in several ways names them in `evaluations`
+    and the one in force in `evaluation`.
     """
 
     state_size: int
@@ -92,4 +93,5 @@ def without_masked_tokens(routing: Routing, context: RouterContext | None) -> Ro
         context.token_mask_T,
         routing.overflow,
         None if penalized_TE is None else penalized_TE.masked_fill(~mask_T1, 0),
+        routing.merging,
     )

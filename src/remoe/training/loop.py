@@ -51,6 +51,8 @@ def train(
         trainer = Trainer(config, path, corpus, Stepper(config, model, device), reporter)
         if start is not None:
             trainer.restore(start)
+        else:
+            trainer.prepare_routers()
         trainer.prepare_folder(overwrite)
         trainer.train()
     return Run(path, config)

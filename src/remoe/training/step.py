@@ -4,8 +4,7 @@ Nothing here waits for the device. A step whose loss or gradient is not finite i
 weights, optimizer, coefficient and the routers' own running state stay as they were.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.moe import MoE, SparsityController
+from remoe.training import router_hooks
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts, count
 from remoe.training.objective import IGNORED_LABEL, Objective, lm_loss
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
+from remoe.training.router_hooks import Observed
 from remoe.training.schedule import has_decayed, learning_rate
 
 Values = dict[str, Tensor]
@@ -63,31 +64,33 @@ class Stepper:
         """Train on one batch as step number `step`; what it measured, still on the device."""
         coef = self.controller.coef if self.controller else None
         self.optimizer.zero_grad(set_to_none=True)
-        measured, counts = self._forward_backward(batch, coef)
+        measured, counts, observed = self._forward_backward(batch, coef)
         grad_norm = clip_gradients(self.model, self.config.optimizer.clip)
         skipped = ~(grad_norm.isfinite() & measured["loss"].isfinite())
         optimizer_step(self.optimizer, learning_rate(self.config.optimizer, step, self.config.train.steps), skipped)
-        self._after_step(counts, skipped, step)
+        self._after_step(counts, observed, skipped, step)
         if coef is not None:
             measured["sparsity_coef"] = coef
         measured |= {"grad_norm": grad_norm, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return measured | (routing_values(counts) if counts else {})
 
-    def _forward_backward(self, batch: Batch, coef: Tensor | None) -> tuple[Values, RoutingCounts | None]:
+    def _forward_backward(self, batch: Batch, coef: Tensor | None) -> tuple[Values, RoutingCounts | None, Observed]:
         if not self.model.training:
             self.model.train()
         num_labels = int((batch.labels_BS != IGNORED_LABEL).sum())
         parts = list(split(batch, self.config.train.micro_batch))
         measured: Values = {}
         counts: RoutingCounts | None = None
+        observed: Observed = {}
         for part in parts:
             values, routings = self._losses(to_device(part, self.device), coef, num_labels, 1 / len(parts))
             values["loss"].backward()
             part_counts = count(routings)
             counts = counts.plus(part_counts) if counts and part_counts else part_counts
+            observed = router_hooks.added(observed, router_hooks.observe(self.routers, routings, 1 / len(parts)))
             for name, value in values.items():
                 measured[name] = measured[name] + value.detach() if name in measured else value.detach()
-        return measured, counts
+        return measured, counts, observed
 
     def _losses(self, batch: Batch, coef: Tensor | None, num_labels: int, share: float) -> tuple[Values, list]:
         """Loss of one micro-batch, whose auxiliary terms count for `share` of the step's."""
@@ -108,7 +111,7 @@ class Stepper:
         return torch.where(self.has_loads, self.loads_LE, own.loads_LE)
 
     @torch.no_grad()
-    def _after_step(self, counts: RoutingCounts | None, skipped: Tensor, step: int) -> None:
+    def _after_step(self, counts: RoutingCounts | None, observed: Observed, skipped: Tensor, step: int) -> None:
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         if counts is None:
@@ -121,10 +124,7 @@ class Stepper:
         if self.loads_LE is not None:
             self.loads_LE = torch.where(skipped, self.loads_LE, counts.loads_LE)
             self.has_loads = self.has_loads | ~skipped
-        for router, tokens_per_expert_E in zip(self.routers, counts.tokens_per_expert_LE, strict=True):
-            if hasattr(router, "after_step"):
-                with unless(skipped, router):
-                    router.after_step(tokens_per_expert_E, step)
+        router_hooks.after_step(self.routers, counts, observed, skipped, step)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: live tensors that a checkpoint is read into in place."""
@@ -211,12 +211,3 @@ def attention_documents(batch: Batch, config: TrainConfig) -> Tensor | None:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 autocast, or none for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-@contextmanager
-def unless(skipped: Tensor, module: nn.Module) -> Iterator[None]:
-    """Undo what happens inside to the module's buffers where `skipped` is true, on the device."""
-    before: Mapping[str, Tensor] = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.copy_(torch.where(skipped, before[name], buffer))

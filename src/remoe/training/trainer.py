@@ -8,7 +8,7 @@ import torch
 
 from remoe.config import to_dict
 from remoe.data import Batch, Corpus, Sampler, validation_batches
-from remoe.training import checkpoint, run
+from remoe.training import checkpoint, router_hooks, run
 from remoe.training.checkpoint import Checkpoint
 from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
@@ -72,6 +72,12 @@ class Trainer:
                 f"the run used {start.record['threads']} threads so far and now uses {torch.get_num_threads()}: "
                 "losses will differ by rounding; set OMP_NUM_THREADS to keep them the same"
             )
+
+    def prepare_routers(self) -> None:
+        """Tell the routers of a fresh run how often each token occurs in its text, where they ask for it."""
+        vocab_size = self.config.model.vocab_size
+        assert vocab_size is not None, "a run's config is resolved"
+        router_hooks.prepare(self.stepper.routers, self.corpus.train, vocab_size)
 
     def prepare_folder(self, overwrite: bool) -> None:
         """Make the run's folder hold what belongs to the steps done so far, and nothing else of ours."""
@@ -146,7 +152,8 @@ class Trainer:
             )
         if self.best is None or result["loss"] < self.best["loss"]:
             self.best = {"step": self.step, "loss": result["loss"]}
-        return {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]}
+        others = {f"valid_loss_{mode}": other["loss"] for mode, other in result["others"].items()}
+        return {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]} | others
 
     def _validation_batches(self) -> Iterator[Batch]:
         """`validation_batches` batches of `batch_size` sequences, in pieces that one forward pass can hold."""

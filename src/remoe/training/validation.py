@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.moe import stats
+from remoe.moe.evaluation import evaluated_as, other_evaluations
 from remoe.moe.routing import Routing, count_tokens
 from remoe.training.objective import IGNORED_LABEL
 
@@ -38,20 +39,24 @@ def evaluate(
     """Mean loss per label: `loss`, `per_domain` {name: loss} and `active_experts` (per token, mean over MoE layers).
 
     Losses are in nats; `labels` {name: count} tells how many labels they are over. A domain without a label in the
-    batches is left out; a dense model has no active experts (None).
+    batches is left out; a dense model has no active experts (None). `others` {name: the same values} holds the other
+    ways in which the routers can be evaluated (moe.evaluation).
     """
     device = next(model.parameters()).device
-    total = _Sums(len(domains), device)
+    totals = {way: _Sums(len(domains), device) for way in (None, *other_evaluations(model))}
     with evaluating(model):
         for batch in batches:
             mask_BS = token_mask(batch)
             mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
             batch = Batch(*(values.to(device) for values in batch))
             document_BS = batch.document_BS if document_mask else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
-            total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
-    return total.result(domains)
+            for way, total in totals.items():
+                autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+                with autocast, evaluated_as(model, way):
+                    output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
+                total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
+    others = {way: total.result(domains) for way, total in totals.items() if way is not None}
+    return totals[None].result(domains) | {"others": others}
 
 
 def token_mask(batch: Batch) -> Tensor | None:

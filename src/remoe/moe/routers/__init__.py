@@ -12,12 +12,16 @@ from remoe.errors import ConfigError, nearest
 
 ROUTERS = {
     "cosine": "remoe.moe.routers.cosine:CosineRouter",
+    "expert_choice": "remoe.moe.routers.expert_choice:ExpertChoiceRouter",
+    "hash": "remoe.moe.routers.hash:HashRouter",
     "hyper": "remoe.moe.routers.hyper:HyperRouter",
+    "lory": "remoe.moe.routers.lory:LoryRouter",
     "mlp": "remoe.moe.routers.mlp:MLPRouter",
     "random": "remoe.moe.routers.random:RandomRouter",
     "recurrent_relu": "remoe.moe.routers.recurrent:RecurrentReLURouter",
     "relu": "remoe.moe.routers.relu:ReLURouter",
     "rmoe": "remoe.moe.routers.recurrent:RMoERouter",
+    "sparsemixer": "remoe.moe.routers.sparsemixer:SparseMixerRouter",
     "stablemoe": "remoe.moe.routers.stablemoe:StableMoERouter",
     "topk": "remoe.moe.routers.topk:TopKRouter",
     "xmoe": "remoe.moe.routers.xmoe:XMoERouter",
@@ -39,15 +43,16 @@ def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **op
     """
     check_range("top_k", top_k, 1, num_experts, fix="it is the (average) number of experts a token uses")
     cls = router_class(name)
-    known = _option_names(cls)
+    known = option_names(name)
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ConfigError(f"router {name!r} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
     return cls(hidden_size, num_experts, top_k, **options)
 
 
-def _option_names(cls: type[nn.Module]) -> list[str]:
-    """Keyword-only arguments, and the fields of the config class `options` of a router that has many."""
+def option_names(name: str) -> list[str]:
+    """A router's keyword-only arguments, and the fields of the config class `options` of a router that has many."""
+    cls = router_class(name)
     parameters = inspect.signature(cls).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     many = getattr(cls, "options", None)
