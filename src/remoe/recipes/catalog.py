@@ -57,11 +57,12 @@ def read_values(source: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `changes` set, section by section."""
+    """`base` with the keys of `changes` set, section by section; a router and its options are one value."""
     result = dict(base)
     for key, value in changes.items():
         section = result.get(key)
-        result[key] = merge(section, value) if isinstance(section, dict) and isinstance(value, Mapping) else value
+        is_section = isinstance(section, dict) and isinstance(value, Mapping) and key != "router"
+        result[key] = merge(section, value) if is_section else value
     return result
 
 
