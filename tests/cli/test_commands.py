@@ -53,10 +53,12 @@ def test_runs_lists_what_is_there_and_its_state(remoe, run_folder, tmp_path):
     (tmp_path / "runs" / "odd").mkdir()
     (tmp_path / "runs" / "odd" / "config.yaml").write_text("unknown: 1\n")
     (tmp_path / "runs" / "odd" / "metrics.jsonl").touch()
+    shutil.copytree(run_folder, tmp_path / "runs" / "damaged")
+    (tmp_path / "runs" / "damaged" / "metrics.jsonl").write_text("no JSON\n")
     lines = {line.split()[0]: line.split() for line in remoe("runs").out.splitlines()}
     assert lines["group/done"][1:3] == ["finished", "4/4"]
     assert lines["cut"][1] == "interrupted"
-    assert lines["odd"][1] == "unreadable"
+    assert lines["odd"][1] == lines["damaged"][1] == "unreadable"
 
 
 def test_runs_of_an_empty_folder_says_how_to_make_some(remoe):

@@ -5,6 +5,11 @@ import pytest
 from remoe.recipes.intervals import interval, t_probability, t_quantile
 
 
+def test_a_run_that_diverged_leaves_no_interval():
+    found = interval([1.0, float("nan"), 2.0])
+    assert (found.low, found.high) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("degrees", "confidence", "expected"),
     [

@@ -326,6 +326,13 @@ def test_the_best_checkpoint_is_kept_besides_the_last(config, tmp_path, monkeypa
     assert checkpoint.read(run.checkpoints / "step_00000012").record["best"] == {"step": 6, "loss": 2.0}
 
 
+def test_a_validation_that_is_not_finite_is_never_the_best(config, tmp_path, monkeypatch):
+    losses = iter([float("nan"), 2.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"loss": next(losses), "per_domain": {}})
+    run = train(config(train={"steps": 4, "validation_interval": 2}), root=tmp_path)
+    assert checkpoint.read(run.checkpoints / "step_00000004").record["best"] == {"step": 4, "loss": 2.0}
+
+
 def test_log_interval_thins_lines_but_not_validations_flips_or_the_last_step(config, tmp_path):
     changed = config(train={"steps": 11, "log_interval": 5, "validation_interval": 4, "flip_interval": 0})
     run = train(changed, root=tmp_path)

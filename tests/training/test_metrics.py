@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from remoe.errors import CheckpointError
 from remoe.training.metrics import MetricsFile, cut_back, read_metrics
 from remoe.training.recorder import summarise
 
@@ -24,6 +25,17 @@ def test_cutting_back_drops_later_lines_and_a_half_written_one(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_back(path, 0)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["\0\0\0", "[1]", '{"loss": 1.0}'])
+def test_a_damaged_line_is_named_and_nothing_is_cut(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    before = path.read_bytes()
+    for look in (read_metrics, lambda path: cut_back(path, 1)):
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl:2 is damaged"):
+            look(path)
+    assert path.read_bytes() == before
 
 
 def test_floats_survive_the_file_bit_for_bit(tmp_path):

@@ -23,20 +23,24 @@ def runs_command(context: typer.Context, root: Root = RUNS) -> None:
 
 
 def _line(path: Path, root: Path) -> tuple[str, ...]:
-    from datetime import datetime
-
     from remoe.errors import RemoeError
-    from remoe.recipes.results import is_finished, late_mean
-    from remoe.training import Run
 
     name = str(path.relative_to(root))
     try:
-        run = Run.open(path)
+        return name, *_state(path)
     except RemoeError:  # one that another version wrote, say; `remoe runs diff` and others tell what is wrong
         return (name, "unreadable", *[""] * 5)
+
+
+def _state(path: Path) -> tuple[str, ...]:
+    from datetime import datetime
+
+    from remoe.recipes.results import is_finished, late_mean
+    from remoe.training import Run
+
+    run = Run.open(path)
     changed = datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime)
     return (
-        name,
         "finished" if is_finished(run) else "interrupted",
         f"{run.step}/{run.config.train.steps}",
         number(run.valid_loss, ".4f"),

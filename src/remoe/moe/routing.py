@@ -35,7 +35,6 @@ class Routing(NamedTuple):
     penalized_TE: Tensor | None = None
     """What the L1 term sums where it is not the weights: the gates before they were normalised; else None."""
 
-
     merging: Merging | None = None
     """Set by routers whose experts are merged ones, else None."""
 

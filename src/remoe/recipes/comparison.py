@@ -14,6 +14,7 @@ from remoe.recipes.pairing import Pairing, check_pairing
 from remoe.recipes.plan import Plan, Trial, trials
 from remoe.recipes.results import differences, is_finished, late_mean, median_speed
 from remoe.recipes.workers import run_in_processes
+from remoe.training.metrics import finite
 
 if TYPE_CHECKING:
     from remoe.training import Run
@@ -148,7 +149,7 @@ def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) 
         "runs": {trial.config.name: _outcome(trial, root) for trial in planned},
         "rows": [row._asdict() | {"valid_loss": row.valid_loss._asdict(), "difference": _plain(row)} for row in rows],
     }
-    (result.path / "comparison.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (result.path / "comparison.json").write_text(json.dumps(finite(values), indent=1) + "\n", encoding="utf-8")
     return result
 
 

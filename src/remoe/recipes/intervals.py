@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its confidence interval; both ends are None where one value gives none."""
+    """A mean and the ends of its confidence interval; both ends are None where the values give none."""
 
     mean: float
     low: float | None
@@ -15,9 +15,12 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean of a few values with Student's confidence interval. For paired runs: the values are differences."""
+    """Mean of a few values with Student's confidence interval. For paired runs: the values are differences.
+
+    A value that is not finite, such as the loss of a run that diverged, leaves no interval.
+    """
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return Interval(mean, None, None)
     half = t_quantile(len(values) - 1, confidence) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)

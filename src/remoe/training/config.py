@@ -30,6 +30,11 @@ class OptimizerConfig:
         check_range("optimizer.min_lr", self.min_lr, 0.0, self.lr, fix="lower it or raise optimizer.lr")
         check_range("optimizer.warmup_steps", self.warmup_steps, 0)
         check_range("optimizer.clip", self.clip, 0.0)
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"optimizer.{key} is {getattr(self, key)}, must be at least 0 and below 1")
+        if self.eps <= 0:
+            raise ConfigError(f"optimizer.eps is {self.eps}, must be above 0; try 1e-8")
         check_range("optimizer.weight_decay", self.weight_decay, 0.0)
         check_range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
 
@@ -141,5 +146,6 @@ class TrainConfig:
     train: LoopConfig = setting(LoopConfig, "the loop")
 
     def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, 2**63 - 1)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", self.name):
             raise ConfigError(f"name is {self.name!r}, must be letters, digits, '.', '_' and '-' (parts joined by '/')")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from remoe.errors import TrainingError
+from remoe.errors import CheckpointError, TrainingError
 
 Metrics = dict[str, Any]
 
@@ -40,15 +40,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """All complete lines of a metrics file; empty where there is none. The last line may be half written."""
-    return [json.loads(line) for line in _complete_lines(path)]
+    """All complete lines of a metrics file; empty where there is none. The last line may be half written.
+
+    Raises CheckpointError, naming the line, where one is not what a run writes.
+    """
+    return [metrics for _, metrics in _complete_lines(path)]
 
 
 def cut_back(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a half-written last one; the file is replaced in one go."""
     if not path.exists():
         return
-    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+    kept = [line for line, metrics in _complete_lines(path) if metrics["step"] <= step]
     partial = path.with_suffix(".tmp")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)
@@ -68,8 +71,21 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _complete_lines(path: Path) -> Iterator[str]:
+def _complete_lines(path: Path) -> Iterator[tuple[str, Metrics]]:
+    """Each line as it stands, and what it says."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        yield from (line[:-1] for line in file if line.endswith("\n"))
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                yield line[:-1], _parse(path, number, line)
+
+
+def _parse(path: Path, number: int, line: str) -> Metrics:
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        metrics = None
+    if not isinstance(metrics, dict) or "step" not in metrics:
+        raise CheckpointError(f"{path}:{number} is damaged, must be one JSON object with a step; remove the line")
+    return metrics

@@ -1,5 +1,6 @@
 """One run in progress: steps, and what happens between them."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ class Trainer:
                 document_mask=self.config.data.document_mask,
                 precision=self.config.train.precision,
             )
-        if self.best is None or result["loss"] < self.best["loss"]:
+        if math.isfinite(result["loss"]) and (self.best is None or result["loss"] < self.best["loss"]):
             self.best = {"step": self.step, "loss": result["loss"]}
         others = {f"valid_loss_{mode}": other["loss"] for mode, other in result["others"].items()}
         return {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]} | others
