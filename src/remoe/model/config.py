@@ -55,7 +55,7 @@ class ReMoEConfig:
                 f"model.num_heads is {self.num_heads}, must divide model.hidden_size = {self.hidden_size}; "
                 "or set model.head_size"
             )
-        if self.head_width < 2 or self.head_width % 2:
+        if self.head_width < 1 or (self.head_width % 2 and not self.is_post_norm):
             raise ConfigError(
                 f"model.head_size is {self.head_width}, must be even and at least 2: rotary embeddings turn pairs"
             )

@@ -20,34 +20,64 @@ class ParameterCount:
 
 
 def parameter_count(config: ReMoEConfig) -> ParameterCount:
-    """Count a model's parameters without building it (ReMoE §3)."""
-    hidden, layers, moe_layers = config.hidden_size, config.num_layers, config.num_moe_layers
-    vocabulary = _vocab_size(config) * hidden * (1 if config.tie_embeddings else 2)
-    attention = 2 * hidden * config.head_width * (config.num_heads + config.kv_heads)
-    mlp = 3 * hidden * config.intermediate_size
+    """Count a model's parameters without building it (ReMoE §3, RMoE §5)."""
+    layers, moe_layers = config.num_layers, config.num_moe_layers
+    attention = 2 * config.hidden_size * config.head_width * (config.num_heads + config.kv_heads)
+    mlp = _mlp_parameters(config)
     routers = _router_parameters(config) if moe_layers else 0
-    shared = vocabulary + layers * (attention + 2 * hidden) + hidden + routers + (layers - moe_layers) * mlp
+    shared = _outer_parameters(config) + layers * attention + _layer_norms(config) + routers
+    shared += (layers - moe_layers) * mlp
     return ParameterCount(
-        total=shared + moe_layers * mlp * config.num_experts, active=shared + moe_layers * mlp * config.top_k
+        total=shared + moe_layers * (mlp + _later_biases(config)) * config.num_experts,
+        active=shared + moe_layers * (mlp + _later_biases(config)) * config.top_k,
     )
 
 
-def flops_per_token(config: ReMoEConfig, sequence_length: int) -> int:
-    """Forward and backward FLOPs of one token in a sequence of this length, top_k experts active (ReMoE §3).
+def _outer_parameters(config: ReMoEConfig) -> int:
+    """Embedding, output head, and what stands between layers and head or is shared by all layers."""
+    vocab_size = _vocab_size(config)
+    vocabulary = vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    if config.is_post_norm:
+        return vocabulary + vocab_size + config.head_width * config.attention_span
+    return vocabulary + config.hidden_size
 
-    As in the paper: attention scores over the whole sequence, norms and router left out, nothing recomputed.
+
+def _mlp_parameters(config: ReMoEConfig) -> int:
+    """One dense MLP or one expert before granularity."""
+    hidden, size = config.hidden_size, config.intermediate_size
+    return 2 * hidden * size + size + hidden if config.is_post_norm else 3 * hidden * size
+
+
+def _later_biases(config: ReMoEConfig) -> int:
+    """What granularity adds to an expert: each of its G parts has an output bias."""
+    return (config.granularity - 1) * config.hidden_size if config.is_post_norm else 0
+
+
+def _layer_norms(config: ReMoEConfig) -> int:
+    """RMSNorms have a weight, LayerNorms a bias too; a post-norm MoE layer has four, one of them unused."""
+    if not config.is_post_norm:
+        return 2 * config.num_layers * config.hidden_size
+    return (4 * config.num_moe_layers + 2 * (config.num_layers - config.num_moe_layers)) * 2 * config.hidden_size
+
+
+def flops_per_token(config: ReMoEConfig, sequence_length: int, active_experts: float | None = None) -> float:
+    """Forward and backward FLOPs of one token in a sequence of this length (ReMoE §3).
+
+    `active_experts` per token as measured, after granularity; None: top_k. As in the paper: attention scores over the
+    whole sequence (post_norm: the span), norms and router left out, nothing recomputed.
     """
     check_range("sequence_length", sequence_length, 1)
     hidden, moe_layers = config.hidden_size, config.num_moe_layers
     projections = 2 * hidden * config.head_width * (config.num_heads + config.kv_heads)
-    scores = 2 * sequence_length * config.head_width * config.num_heads
-    mlp = 3 * hidden * config.intermediate_size
-    mlps = mlp * (config.num_layers - moe_layers + config.top_k * moe_layers)
-    multiply_adds = config.num_layers * (projections + scores) + mlps + hidden * _vocab_size(config)
-    return 3 * 2 * multiply_adds
+    scores = 2 * sequence_length if not config.is_post_norm else 3 * config.attention_span  # the third: position keys
+    mlp = (2 if config.is_post_norm else 3) * hidden * config.intermediate_size
+    active = config.top_k if active_experts is None else active_experts / config.granularity
+    multiply_adds = config.num_layers * (projections + scores * config.head_width * config.num_heads)
+    multiply_adds += mlp * (config.num_layers - moe_layers) + hidden * _vocab_size(config)
+    return 3 * 2 * (multiply_adds + mlp * active * moe_layers)
 
 
-def flops_per_sequence(config: ReMoEConfig, sequence_length: int) -> int:
+def flops_per_sequence(config: ReMoEConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs of one sequence."""
     return sequence_length * flops_per_token(config, sequence_length)
 
@@ -75,7 +105,7 @@ class Plan:
     """What a run needs; `dataclasses.asdict` gives plain values."""
 
     parameters: ParameterCount
-    flops_per_token: int
+    flops_per_token: float
     memory: Memory
 
 

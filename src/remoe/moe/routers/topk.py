@@ -21,7 +21,7 @@ class TopKRouter(nn.Module):
     """int64, 0-dim: training steps so far; only a router that warms up counts them. It is in the checkpoint."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, *, renormalize: bool = False,
+        self, hidden_size: int, num_experts: int, top_k: int, *, bias: bool = False, renormalize: bool = False,
         warmup_steps: int = 0, warmup_top_k: int | None = None, init_std: float = 0.01,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -34,13 +34,14 @@ class TopKRouter(nn.Module):
         self.warmup_steps = warmup_steps
         self.warmup_top_k = warmup_top_k
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         if warmup_steps:
             self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         initial.reset(self, init_std)
 
     def forward(self, hidden_TH: Tensor, context: RouterContext | None = None) -> Routing:
         """Route T tokens to exactly top_k experts each (warmup_top_k at first); in fp32 or wider."""
-        logits_TE = gates.linear_logits(hidden_TH, self.weight)
+        logits_TE = gates.linear_logits(hidden_TH, self.weight, self.bias)
         if self.warmup_steps:
             top_k = torch.where(self.steps_done < self.warmup_steps, self.warmup_top_k, self.top_k)
             weights_TE, routing_map_TE = gates.topk_softmax(logits_TE, self.warmup_top_k, self.renormalize, top_k)
