@@ -102,19 +102,24 @@ def _weighted(key: str, entry: dict[str, Any]) -> tuple[str, float]:
 
 
 def _check_different(train: Sequence[_File], validation: Sequence[_File]) -> None:
-    seen = {_identity(file): file.given for file in train} if validation else {}
     for file in validation:
-        twin = seen.get(_identity(file))
+        twin = next((other for other in train if _is_same_text(_content(file), _content(other))), None)
         if twin is not None:
             raise DataError(
-                f"data.validation {file.given} is the same text as data.train {twin}; give other text, or null to hold "
-                "a part out"
+                f"data.validation {file.given} is the same text as data.train {twin.given}; give other text, or null "
+                "to hold a part out"
             )
 
 
-def _identity(file: _File) -> str:
-    path = beside(file.path, ".bin") if file.is_prefix else file.path
-    return file_hash(path) if path.is_file() else str(path.absolute())
+def _content(file: _File) -> Path:
+    return beside(file.path, ".bin") if file.is_prefix else file.path
+
+
+def _is_same_text(one: Path, other: Path) -> bool:
+    """Whether two files have the same bytes; only files of one size are read, which may take minutes."""
+    if not (one.is_file() and other.is_file()):
+        return one.absolute() == other.absolute()
+    return one.stat().st_size == other.stat().st_size and file_hash(one) == file_hash(other)
 
 
 def _open_tokenizer(spec: str, files: Sequence[_File]) -> Tokenizer:

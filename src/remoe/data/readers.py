@@ -118,7 +118,7 @@ def _parse_text(record: bytes, line: int, config: ReadConfig) -> Findings:
 
 def _parse_broken_text(record: bytes, line: int, config: ReadConfig) -> Findings:
     good, problems = [], []
-    for number, raw in enumerate(record.splitlines(keepends=True), line):
+    for number, raw in enumerate(io.BytesIO(record), line):
         try:
             good.append(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
