@@ -87,7 +87,11 @@ class Page:
         )
         x, y, width, height = self.evaluate(f"{measure}(document.querySelector({json.dumps(selector)}))")
         clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        return self.save_picture(to, captureBeyondViewport=True, clip=clip)
+
+    def save_picture(self, to: Path, **what: Any) -> Path:
+        """A PNG of the window as it stands, or of what the protocol's own parameters name."""
+        shot = self.call("Page.captureScreenshot", format="png", **what)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(base64.b64decode(shot["data"]))
         return to

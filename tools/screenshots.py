@@ -20,22 +20,13 @@ def take(page: browser.Page, report: Path, to: Path) -> list[Path]:
     for name, (width, dark) in SHOTS.items():
         page.show(width=width, height=round(width * 0.72) if width > 600 else 844, dark=dark, scale=1.5)
         page.open(report.resolve().as_uri())
-        taken.append(top(page, to / name))
+        taken.append(page.save_picture(to / name))
     for dark in (False, True):
         page.show(width=1240, dark=dark, scale=1.5)
         page.open(report.resolve().as_uri())
         shown = [key for key in FIGURES if page.evaluate(f"document.getElementById('{key}') !== null")]
         taken += [page.picture(to / f"{key}-{'dark' if dark else 'light'}.png", f"#{key}") for key in shown]
     return taken
-
-
-def top(page: browser.Page, to: Path) -> Path:
-    """A picture of the window as it stands."""
-    import base64
-
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_bytes(base64.b64decode(page.call("Page.captureScreenshot", format="png")["data"]))
-    return to
 
 
 def main() -> int:
