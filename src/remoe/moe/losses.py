@@ -21,7 +21,7 @@ def sparsity_l1(routing: Routing, top_k: int, load_balanced: bool = True, loads_
     return (load_factor_E.to(gate_sums_E.dtype) * gate_sums_E).sum()
 
 
-def load_balancing(routing: Routing, top_k: int, loads_E: Tensor | None = None) -> Tensor:
+def load_balancing(routing: Routing, top_k: int | Tensor, loads_E: Tensor | None = None) -> Tensor:
     """E sum_e F_e P_e with F_e = n_e/(kT) and P_e the mean softmax probability (ReMoE §4.2); 1 at uniform load."""
     logits_TE = _logits(routing, "load_balancing")
     probs_E = _token_mean(routing, logits_TE.softmax(dim=-1))

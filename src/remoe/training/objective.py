@@ -1,15 +1,16 @@
 """The training objective of one micro-batch: language-model loss plus weighted auxiliary terms (ReMoE eq. 8-10)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remoe.moe import losses
+from remoe.moe import losses, stats
 from remoe.moe.revival import is_starving, revival
-from remoe.moe.routing import Routing
+from remoe.moe.routing import Routing, count_tokens
 from remoe.training.config import LossConfig, SparsityConfig
 
 IGNORED_LABEL = -100
@@ -23,6 +24,19 @@ def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
     return losses_sum / max(1, num_labels)
 
 
+def experts_per_token(routing: Routing) -> Tensor:
+    """The k of a token-choice router as it is now, 0-dim: above top_k while Top-K warms up nearly dense."""
+    pairs, tokens = stats.active_pairs(routing), count_tokens(routing)
+    return (pairs / tokens.clamp(min=1)).clamp(min=1).to(routing.weights_TE.dtype)
+
+
+def with_logits(routing: Routing) -> Routing:
+    """The routing itself, or for a router without logits (hash) one whose softmax is its choice."""
+    if routing.logits_TE is not None:
+        return routing
+    return routing._replace(logits_TE=torch.zeros_like(routing.weights_TE).masked_fill(~routing.routing_map_TE, -1e9))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """Which auxiliary terms a model is trained with and how they are weighed. `top_k` is k*G."""
@@ -32,8 +46,13 @@ class Objective:
     penalty: str
     top_k: int
 
+    @property
+    def load_balancing_coef(self) -> float:
+        """What the load-balancing term is multiplied by: 0 for routers that are not trained with it."""
+        return self.losses.load_balancing_coef if self.penalty == "load_balancing" else 0.0
+
     def terms(self, routings: Sequence[Routing], loads_LE: Tensor | None = None) -> dict[str, Tensor]:
-        """Un-weighted terms by name, one value [L] each over the MoE layers.
+        """Un-weighted terms by name, one value [L] each over the MoE layers; load_balancing also where it is inert.
 
         `loads_LE` holds each layer's n_e/T where it was counted elsewhere; None: each routing counts its own.
         """
@@ -48,8 +67,10 @@ class Objective:
                     for routing, loads_E in zip(routings, loads, strict=True)
                 ]
             )
-        if self.penalty == "load_balancing":
-            terms["load_balancing"] = torch.stack([losses.load_balancing(r, self.top_k) for r in routings])
+        with nullcontext() if self.penalty == "load_balancing" else torch.no_grad():  # seen in every arm
+            terms["load_balancing"] = torch.stack(
+                [losses.load_balancing(with_logits(r), experts_per_token(r)) for r in routings]
+            )
         if self.losses.router_z_coef > 0 and routings[0].logits_TE is not None:
             terms["router_z"] = torch.stack([losses.router_z(r) for r in routings])
         if self.penalty == "sparsity_l1" and self.sparsity.revival_coef > 0:
@@ -69,8 +90,8 @@ class Objective:
         if "sparsity_l1" in terms:
             assert sparsity_coef is not None, "a model with the L1 term has a controller"
             total = total + self.over_layers("sparsity_l1", sparsity_coef * terms["sparsity_l1"])
-        if "load_balancing" in terms:
-            total = total + self.losses.load_balancing_coef * terms["load_balancing"].sum()
+        if "load_balancing" in terms and self.load_balancing_coef:
+            total = total + self.load_balancing_coef * terms["load_balancing"].sum()
         if "router_z" in terms:
             total = total + self.losses.router_z_coef * terms["router_z"].sum()
         if "revival" in terms:
