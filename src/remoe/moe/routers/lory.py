@@ -53,7 +53,8 @@ class LoryRouter(nn.Module):
 
     def _shifted(self, segments: Segments, hidden_TH: Tensor) -> Tensor:
         own_JE = gates.linear_logits(segments.means(hidden_TH), self.weight)
-        return torch.where(segments.is_opening_J[:, None], own_JE.detach(), own_JE.roll(1, 0))
+        before_J = (torch.arange(len(own_JE), device=own_JE.device) - 1).clamp(min=0)  # roll() breaks torch.compile
+        return torch.where(segments.is_opening_J[:, None], own_JE.detach(), own_JE.index_select(0, before_J))
 
     def _go_on(self, hidden_TH: Tensor, context: RouterContext, running: RunningSegment) -> Routing:
         """Route new tokens of B rows, one after the other, from where each row stands."""
