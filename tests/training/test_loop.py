@@ -73,9 +73,12 @@ def test_each_line_has_the_promised_keys(finished):
     lines = finished.metrics()
     keys = {"step", "tokens", "lm_loss", "loss", "lr", "grad_norm", "sparsity", "sparsity_coef", "sparsity_l1"}
     keys |= {"load_balancing", "tokens_per_second", "step_seconds", "skipped", "active_experts", "layers"}
+    keys |= {"load_balancing_coef"}
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(keys <= line.keys() for line in lines)
     assert [line["step"] for line in lines if "valid_loss" in line] == [4, 6]
+    assert [line["step"] for line in lines if "valid_active_experts" in line] == [4, 6]
+    assert all(line["load_balancing"] > 1 and line["load_balancing_coef"] == 0 for line in lines)
     assert [line["step"] for line in lines if "flip_rate" in line] == [3, 6]
     assert all(len(line["layers"]["max_load"]) == 2 for line in lines)
     assert lines[-1]["tokens"] == finished.tokens == 6 * 4 * 16
@@ -319,7 +322,7 @@ def test_too_many_bad_steps_in_a_row_abort_with_advice(config, tmp_path, monkeyp
 
 def test_the_best_checkpoint_is_kept_besides_the_last(config, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"loss": next(losses), "per_domain": {}})
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: fake_result(next(losses)))
     intervals = {"validation_interval": 3, "checkpoint_interval": 4, "keep_checkpoints": 1}
     run = train(config(train={"steps": 12} | intervals), root=tmp_path)
     assert [checkpoint.step_of(path) for path in checkpoint.paths(run.checkpoints)] == [6, 12]
@@ -328,7 +331,7 @@ def test_the_best_checkpoint_is_kept_besides_the_last(config, tmp_path, monkeypa
 
 def test_a_validation_that_is_not_finite_is_never_the_best(config, tmp_path, monkeypatch):
     losses = iter([float("nan"), 2.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"loss": next(losses), "per_domain": {}})
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: fake_result(next(losses)))
     run = train(config(train={"steps": 4, "validation_interval": 2}), root=tmp_path)
     assert checkpoint.read(run.checkpoints / "step_00000004").record["best"] == {"step": 4, "loss": 2.0}
 
@@ -360,3 +363,7 @@ def test_paired_runs_share_batches_and_initial_values(config, tmp_path):
     relu = train(config("relu", train={"steps": 1}), root=tmp_path)
     dense = train(config("dense", model={"moe_layers": "none"}, train={"steps": 1}), root=tmp_path)
     assert relu.metrics()[0]["lm_loss"] == pytest.approx(dense.metrics()[0]["lm_loss"], abs=0.2)
+
+
+def fake_result(loss):
+    return {"loss": loss, "per_domain": {}, "active_experts": None, "others": {}}

@@ -72,6 +72,23 @@ def test_load_balancing_is_summed_over_layers_and_weighed_by_its_coefficient():
     assert float(rule.penalties(terms, None)) == pytest.approx(2 * 0.01 * 1.17026422730795, abs=1e-12)
 
 
+def test_load_balancing_is_measured_for_every_router_and_inert_for_those_not_trained_with_it():
+    weights_TE = FIRST.logits_TE.clone().requires_grad_()
+    rule = objective(penalty="none")
+    terms = rule.terms([FIRST._replace(logits_TE=weights_TE)])
+    assert float(terms["load_balancing"]) > 1
+    assert not terms["load_balancing"].requires_grad
+    assert (rule.penalties(terms, None), rule.load_balancing_coef) == (0.0, 0.0)
+    assert objective(penalty="load_balancing").load_balancing_coef == 0.01
+
+
+def test_load_balancing_of_a_router_without_logits_is_that_of_its_choices():
+    choice_T = torch.tensor([0, 0, 0, 1])
+    map_TE = torch.nn.functional.one_hot(choice_T, 4).bool()
+    terms = objective(penalty="none").terms([Routing(map_TE.double(), map_TE)])
+    assert float(terms["load_balancing"]) == pytest.approx(4 * (0.75**2 + 0.25**2), abs=1e-12)
+
+
 def test_router_z_joins_only_where_it_has_a_coefficient_and_logits():
     assert "router_z" not in objective().terms([FIRST])
     assert "router_z" not in objective(z=0.1).terms([FIRST._replace(logits_TE=None)])

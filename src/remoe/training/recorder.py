@@ -14,9 +14,10 @@ from remoe.training.metrics import Metrics, MetricsFile
 from remoe.training.progress import Reporter
 from remoe.training.readout import Readout
 from remoe.training.sinks import Sinks
+from remoe.training.starvation import StarvationWatch
 
 Numbers = Mapping[str, Any]
-SCALARS = ("lm_loss", "loss", "grad_norm", "flip_rate", "flip_count")
+SCALARS = ("lm_loss", "loss", "grad_norm", "load_balancing_coef", "flip_rate", "flip_count")
 TERMS = ("sparsity_l1", "load_balancing", "router_z", "revival")
 ALWAYS = ("sparsity_l1", "load_balancing")
 
@@ -40,6 +41,7 @@ class Recorder:
         self.file = file
         self.sinks = sinks
         self.reporter = reporter
+        self._watch = StarvationWatch(reporter.message)
         self._pending: Pending | None = None
         self._since = time.perf_counter()
         self._paused_seconds = 0.0
@@ -85,6 +87,8 @@ class Recorder:
         self.file.write(metrics)
         self.sinks.write(metrics)
         self.reporter.step(metrics)
+        if metrics["sparsity_coef"] is not None:  # only routers that the L1 term steers can starve
+            self._watch.see(metrics)
         self._check_bad_steps(int(numbers["skipped_in_a_row"]), metrics["step"])
 
     def close(self) -> None:

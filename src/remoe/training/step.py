@@ -55,6 +55,9 @@ class Stepper:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self.has_loads = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.load_balancing_coef = torch.tensor(
+            self.objective.load_balancing_coef, dtype=torch.float64, device=self.device
+        )
         if penalty == "sparsity_l1":
             self.controller = build_controller(self.config, len(self.routers)).to(self.device)
         if penalty == "sparsity_l1" and uses_previous_loads(self.config):
@@ -71,6 +74,8 @@ class Stepper:
         self._after_step(counts, observed, skipped, step)
         if coef is not None:
             measured["sparsity_coef"] = coef
+        if self.routers:
+            measured["load_balancing_coef"] = self.load_balancing_coef
         measured |= {"grad_norm": grad_norm, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return measured | (routing_values(counts) if counts else {})
 

@@ -154,7 +154,8 @@ class Trainer:
         if math.isfinite(result["loss"]) and (self.best is None or result["loss"] < self.best["loss"]):
             self.best = {"step": self.step, "loss": result["loss"]}
         others = {f"valid_loss_{mode}": other["loss"] for mode, other in result["others"].items()}
-        return {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]} | others
+        own = {"valid_loss": result["loss"], "valid_loss_per_domain": result["per_domain"]}
+        return own | {"valid_active_experts": result["active_experts"]} | others
 
     def _validation_batches(self) -> Iterator[Batch]:
         """`validation_batches` batches of `batch_size` sequences, in pieces that one forward pass can hold."""
