@@ -61,8 +61,9 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     result = dict(base)
     for key, value in changes.items():
         section = result.get(key)
-        is_section = isinstance(section, dict) and isinstance(value, Mapping) and key != "router"
-        result[key] = merge(section, value) if is_section else value
+        if isinstance(section, dict) and isinstance(value, Mapping) and key != "router":
+            value = merge(section, value)
+        result[key] = value
     return result
 
 
