@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from remoe.errors import ConfigError
+from remoe.moe.routers import ROUTERS
 from remoe.recipes.pairing import check_pairing
 from remoe.recipes.plan import Plan, settings_of_batches, trials
 
@@ -66,6 +67,11 @@ def test_all_shared_parameters_of_a_seed_start_with_the_same_values():
     found = check_pairing(trials(plan(["relu", "topk", "dense"], seeds=[0, 1])), vocab_size=257)
     # embedding, head, last norm; per layer: two norms, four projections, and relu's router and experts like topk's
     assert found == (2, 2 * (3 + 2 * (2 + 4 + 3)))
+
+
+def test_all_routers_can_be_paired_though_some_start_by_laws_of_their_own():
+    found = check_pairing(trials(plan(sorted(ROUTERS))), vocab_size=257)
+    assert found.shared_tensors >= 3 + 2 * (2 + 4 + 2)  # all but the routers
 
 
 def test_pairing_counts_nothing_shared_for_one_run():

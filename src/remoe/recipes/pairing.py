@@ -41,11 +41,11 @@ def check_pairing(planned: Sequence[Trial], vocab_size: int) -> Pairing:
 def _check_seed(runs: Sequence[Trial], vocab_size: int) -> int:
     batches = [settings_of_batches(trial.config) for trial in runs]
     assert all(settings == batches[0] for settings in batches), f"seed {runs[0].seed}: runs do not share their batches"
-    digests: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    digests: dict[_Tensor, list[str]] = defaultdict(list)
     for trial in runs:
-        for name, shape, digest in _initial_values(trial.config.model, vocab_size, trial.seed):
-            digests[name, shape].append(digest)
-    differing = [name for (name, _), found in digests.items() if len(set(found)) > 1]
+        for tensor, digest in _initial_values(trial.config.model, vocab_size, trial.seed):
+            digests[tensor].append(digest)
+    differing = [tensor.name for tensor, found in digests.items() if len(set(found)) > 1]
     if differing:
         raise ConfigError(
             f"the runs of seed {runs[0].seed} do not start with the same {differing[0]}, so they cannot be paired; "
@@ -54,17 +54,28 @@ def _check_seed(runs: Sequence[Trial], vocab_size: int) -> int:
     return sum(len(found) > 1 for found in digests.values())
 
 
-def _initial_values(config: "ReMoEConfig", vocab_size: int, seed: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and digest of each parameter's first values, drawn one at a time."""
+class _Tensor(NamedTuple):
+    """What names a shared parameter: two routers' `weight` with different laws of their own are not the same one."""
+
+    name: str
+    shape: tuple[int, ...]
+    law: str
+
+
+def _initial_values(config: "ReMoEConfig", vocab_size: int, seed: int) -> Iterator[tuple[_Tensor, str]]:
+    """Each parameter and the digest of its first values, drawn one at a time."""
     import dataclasses
 
     import torch
 
     from remoe.model import ReMoEForCausalLM
     from remoe.model.init import initial_values
+    from remoe.moe.initial import stated_values
 
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
     with torch.device("meta"):
         model = ReMoEForCausalLM(config, seed)
+    stated = stated_values(model)
     for name, values in initial_values(model, config, seed):
-        yield name, tuple(values.shape), hashlib.blake2b(values.numpy().data).hexdigest()
+        digest = hashlib.blake2b(values.numpy().data).hexdigest()
+        yield _Tensor(name, tuple(values.shape), str(stated.get(name))), digest
