@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 
-from remoe.data import Sampler, open_corpus, validation_batches
+from remoe.data import Sampler, open_corpus, open_validation, validation_batches
 from remoe.data.prepare import PrepareConfig, prepare
 from remoe.data.tokenizer import BytesTokenizer
 from remoe.errors import ConfigError, DataError
@@ -29,11 +29,19 @@ def test_rows_become_documents_that_end_with_eod(write_rows, data_config):
         assert corpus.train.domains[corpus.train.domain_of_document[i]] == DOMAINS[TEXTS.index(text)]
 
 
-def test_held_out_text_is_the_same_for_each_seed_and_in_no_training_document(write_rows, data_config):
+def test_held_out_text_is_the_same_each_time_and_in_no_training_document(write_rows, data_config):
     config = data_config(train=str(write_rows("a.jsonl", TEXTS)))
-    first, second = open_corpus(config, seed=0), open_corpus(config, seed=1)
+    first, second = open_corpus(config), open_validation(config)
     assert decoded(first, first.validation) == decoded(second, second.validation)
     assert not decoded(first, first.train) & decoded(first, first.validation)
+
+
+def test_validation_text_opens_without_the_training_text(write_rows, data_config):
+    valid = write_rows("v.jsonl", TEXTS[20:], DOMAINS)
+    alone = open_validation(data_config(train="gone.jsonl", validation=str(valid)))
+    assert decoded(alone, alone.validation) == set(TEXTS[20:])
+    with pytest.raises(DataError, match=r"data\.train: gone\.jsonl does not exist"):
+        open_validation(data_config(train="gone.jsonl", validation=str(valid), tokenizer="characters"))
 
 
 def test_text_is_tokenised_once_and_again_only_when_something_changed(write_rows, data_config, monkeypatch):

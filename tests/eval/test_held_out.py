@@ -60,7 +60,7 @@ def test_bytes_as_tokens_have_as_many_bits_per_byte_as_per_text_token(run):
 def test_other_text_can_be_given(run, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("zyx " * 400, encoding="utf-8")
-    data = dataclasses.replace(run.config.data, validation=str(other))
+    data = dataclasses.replace(run.config.data, train="gone.txt", validation=str(other))
     assert evaluate_checkpoint(run.path, data, device="cpu").total.loss > run.valid_loss
 
 

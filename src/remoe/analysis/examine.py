@@ -143,7 +143,7 @@ def _corpus(run: Run, corpora: dict[str, Corpus]) -> tuple[Corpus, Tokenizer]:
     tokenizer = load_saved_tokenizer(run.path / TOKENIZER)
     settings = to_yaml(run.config.data)
     if settings not in corpora:
-        corpora[settings] = open_corpus(run.config.data, run.config.seed)
+        corpora[settings] = open_corpus(run.config.data)
     corpus = corpora[settings]
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(

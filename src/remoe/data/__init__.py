@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remoe.data.config import DataConfig
-    from remoe.data.corpus import Corpus, open_corpus
+    from remoe.data.corpus import Corpus, HeldOutText, open_corpus, open_validation
     from remoe.data.dataset import BlendedDataset, TokenDataset
     from remoe.data.indexed import IndexedFile, IndexedWriter
     from remoe.data.sampler import Batch, Sampler, validation_batches
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # on first use: the worker processes of `prepare` never need torch
 _HOME = {
     "DataConfig": "config",
-    **dict.fromkeys(("Corpus", "open_corpus"), "corpus"),
+    **dict.fromkeys(("Corpus", "HeldOutText", "open_corpus", "open_validation"), "corpus"),
     **dict.fromkeys(("BlendedDataset", "TokenDataset"), "dataset"),
     **dict.fromkeys(("IndexedFile", "IndexedWriter"), "indexed"),
     **dict.fromkeys(("Batch", "Sampler", "validation_batches"), "sampler"),
@@ -22,8 +22,9 @@ _HOME = {
 }
 
 __all__ = [
-    "Batch", "BlendedDataset", "Corpus", "DataConfig", "IndexedFile", "IndexedWriter", "Sampler", "TokenDataset",
-    "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "validation_batches",
+    "Batch", "BlendedDataset", "Corpus", "DataConfig", "HeldOutText", "IndexedFile", "IndexedWriter", "Sampler",
+    "TokenDataset", "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "open_validation",
+    "validation_batches",
 ]  # fmt: skip
 
 

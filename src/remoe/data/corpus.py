@@ -28,28 +28,48 @@ class Corpus(NamedTuple):
     manifest: dict[str, Any]
 
 
-def open_corpus(config: DataConfig, seed: int = 0) -> Corpus:
+class HeldOutText(NamedTuple):
+    """Validation text by itself, and its tokenizer."""
+
+    validation: AnyDataset
+    tokenizer: Tokenizer
+
+
+def open_validation(config: DataConfig) -> HeldOutText:
+    """The validation text that a config names; training text is touched only where validation is a part of it.
+
+    Raises what open_corpus raises.
+    """
+    if config.validation is None:
+        corpus = open_corpus(config)
+        return HeldOutText(corpus.validation, corpus.tokenizer)
+    files = _locate("data.validation", config.validation, config)
+    needs_training_text = config.tokenizer == "characters"
+    tokenizer = _open_tokenizer(
+        config.tokenizer, _locate("data.train", config.train, config) if needs_training_text else files
+    )
+    datasets = _open_long_enough(files, tokenizer, config)
+    return HeldOutText(_blend(datasets, [None] * len(datasets), _domains(datasets)), tokenizer)
+
+
+def open_corpus(config: DataConfig) -> Corpus:
     """Open the text a config names; text files are tokenised once and cached.
 
-    Without data.validation a part is held out of the training text, by a hash of each document: it does not depend on
-    the seed. Raises DataError for text that is missing, damaged, too short, of another tokenizer, or the same for
-    training and validation; ConfigError for a list that is no list of {path, weight}.
+    Without data.validation a part is held out of the training text, by a hash of each document: the same for each
+    seed, so that losses compare. Raises DataError for text that is missing, damaged, too short, of another tokenizer,
+    or the same for training and validation; ConfigError for a list that is no list of {path, weight}.
     """
-    del seed  # the same held-out text for each seed, so that their losses compare
     train_files = _locate("data.train", config.train, config)
     validation_files = [] if config.validation is None else _locate("data.validation", config.validation, config)
     _check_different(train_files, validation_files)
     tokenizer = _open_tokenizer(config.tokenizer, train_files)
-    trains = _open_all(train_files, tokenizer, config)
-    validations = _open_all(validation_files, tokenizer, config)
-    minimum = config.sequence_length + 1
-    for dataset in (*trains, *validations):
-        if dataset.num_tokens < minimum:
-            raise too_short(dataset, config.sequence_length)
+    trains = _open_long_enough(train_files, tokenizer, config)
+    validations = _open_long_enough(validation_files, tokenizer, config)
     if not validations:
+        minimum = config.sequence_length + 1
         pairs = [hold_out(dataset, config.validation_fraction, minimum) for dataset in trains]
         trains, validations = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    names = tuple(dict.fromkeys(name for dataset in (*trains, *validations) for name in dataset.domains))
+    names = _domains((*trains, *validations))
     train = _blend(trains, [file.weight for file in train_files], names)
     validation = _blend(validations, [None] * len(validations), names)
     return Corpus(train, validation, tokenizer, _manifest(train_files, train, validation, tokenizer))
@@ -129,6 +149,14 @@ def _open_tokenizer(spec: str, files: Sequence[_File]) -> Tokenizer:
     return load_tokenizer(spec, texts)
 
 
+def _open_long_enough(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) -> list[TokenDataset]:
+    opened = _open_all(files, tokenizer, config)
+    for dataset in opened:
+        if dataset.num_tokens < config.sequence_length + 1:
+            raise too_short(dataset, config.sequence_length)
+    return opened
+
+
 def _open_all(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) -> list[TokenDataset]:
     opened = []
     for file in files:
@@ -138,6 +166,10 @@ def _open_all(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) 
         else:
             opened.append(open_text(file.path, tokenizer, config, domain))
     return opened
+
+
+def _domains(datasets: Sequence[TokenDataset]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for dataset in datasets for name in dataset.domains))
 
 
 def _blend(datasets: Sequence[TokenDataset], weights: Sequence[float | None], names: tuple[str, ...]) -> AnyDataset:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remoe.data import Batch, Corpus, DataConfig, open_corpus, validation_batches
+from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open_validation, validation_batches
 from remoe.errors import ConfigError
 from remoe.eval.text_size import TextSize, sizes_by_domain
 from remoe.model import ReMoEForCausalLM
@@ -16,6 +16,8 @@ from remoe.training.loading import config_of, find_checkpoint, is_export, load, 
 from remoe.training.run import TOKENIZER
 from remoe.training.setup import pick_device
 from remoe.training.validation import evaluate
+
+AnyText = Corpus | HeldOutText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +59,13 @@ def evaluate_checkpoint(
     """Score a run, a checkpoint or an export on the validation part of its own data, or of `data`.
 
     `num_sequences` defaults to what the run's validations use; an export needs `data`. The text is tokenised with the
-    run's own tokenizer. Raises ConfigError, DataError or CheckpointError for what does not fit together.
+    run's own tokenizer; of `data` with a validation text nothing else is read. Raises ConfigError, DataError or
+    CheckpointError for what does not fit together.
     """
     path = Path(path)
     target = pick_device(device)
     model, config = _open(path, data)
-    corpus = open_corpus(config.data, seed=config.seed)
+    corpus = open_corpus(config.data) if data is None else open_validation(config.data)
     _check_vocabulary(model, corpus, path)
     sequences = num_sequences or config.train.validation_batches * config.train.batch_size
     batches = list(_first_sequences(corpus, config.data.sequence_length, batch_size, sequences))
@@ -113,7 +116,7 @@ def _open(path: Path, data: DataConfig | None) -> tuple[ReMoEForCausalLM, TrainC
     return load_checkpoint(found), config
 
 
-def _first_sequences(corpus: Corpus, sequence_length: int, batch_size: int, sequences: int) -> Iterator[Batch]:
+def _first_sequences(corpus: AnyText, sequence_length: int, batch_size: int, sequences: int) -> Iterator[Batch]:
     """Exactly `sequences` (one a domain at least, or all there are), whatever the batch size."""
     left = max(sequences, len(corpus.validation.domains))
     for batch in validation_batches(corpus.validation, sequence_length, batch_size, math.ceil(left / batch_size)):
@@ -125,7 +128,7 @@ def _with_tokenizer(data: DataConfig, folder: Path) -> DataConfig:
     return dataclasses.replace(data, tokenizer=str(folder)) if folder.is_dir() else data
 
 
-def _check_vocabulary(model: ReMoEForCausalLM, corpus: Corpus, path: Path) -> None:
+def _check_vocabulary(model: ReMoEForCausalLM, corpus: AnyText, path: Path) -> None:
     size = model.config.vocab_size
     if size is not None and corpus.tokenizer.vocab_size > size:
         raise ConfigError(
@@ -134,13 +137,13 @@ def _check_vocabulary(model: ReMoEForCausalLM, corpus: Corpus, path: Path) -> No
         )
 
 
-def _text_sizes(batches: list[Batch], corpus: Corpus) -> dict[str, TextSize]:
+def _text_sizes(batches: list[Batch], corpus: AnyText) -> dict[str, TextSize]:
     sizes: dict[str, TextSize] = {}
     for name, size in _all_sizes(batches, corpus):
         sizes[name] = sizes.get(name, TextSize()).plus(size)
     return sizes
 
 
-def _all_sizes(batches: list[Batch], corpus: Corpus) -> Iterator[tuple[str, TextSize]]:
+def _all_sizes(batches: list[Batch], corpus: AnyText) -> Iterator[tuple[str, TextSize]]:
     for batch in batches:
         yield from sizes_by_domain(batch, corpus.validation.domains, corpus.tokenizer).items()

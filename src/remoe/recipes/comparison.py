@@ -91,7 +91,7 @@ def _prepare_data(config: "TrainConfig") -> int:
     """Read (and cache) the text once before any run, so that a mistake in it comes first; the tokenizer's size."""
     from remoe.data import open_corpus
 
-    return open_corpus(config.data, config.seed).tokenizer.vocab_size
+    return open_corpus(config.data).tokenizer.vocab_size
 
 
 def _is_done(trial: Trial, root: Path) -> bool:

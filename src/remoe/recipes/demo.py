@@ -50,7 +50,7 @@ def unigram_loss(config: "TrainConfig") -> float:
 
     from remoe.data import open_corpus, validation_batches
 
-    corpus = open_corpus(config.data, config.seed)
+    corpus = open_corpus(config.data)
     counts_V = np.ones(corpus.tokenizer.vocab_size)
     for document in range(corpus.train.num_documents):
         counts_V += np.bincount(corpus.train.document(document), minlength=len(counts_V))

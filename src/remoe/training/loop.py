@@ -44,7 +44,7 @@ def train(
     check_sinks(config.train.sinks)
     device = pick_device(config.train.device)
     start = find_start(path, config, reporter) if resume else None
-    corpus = open_corpus(config.data, seed=config.seed)
+    corpus = open_corpus(config.data)
     config = resolve(config, corpus.tokenizer)
     with own_random_state(config.seed, device):
         model = ReMoEForCausalLM(config.model, seed=config.seed)
