@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe.data import Batch, Tokenizer
-from remoe.training.objective import IGNORED_LABEL
+from remoe.data.sampler import NO_LABEL
 
 
 class TextSize(NamedTuple):
@@ -26,7 +26,7 @@ def sizes_by_domain(batch: Batch, domains: Sequence[str], tokenizer: Tokenizer) 
     sizes: dict[str, TextSize] = {}
     for labels_S, domain_S in zip(batch.labels_BS.numpy(), batch.domain_BS.numpy(), strict=True):
         for index in map(int, np.unique(domain_S)):
-            ids = labels_S[(domain_S == index) & (labels_S != IGNORED_LABEL)]
+            ids = labels_S[(domain_S == index) & (labels_S != NO_LABEL)]
             name = domains[index]
             sizes[name] = sizes.get(name, TextSize()).plus(text_size(ids, tokenizer))
     return sizes

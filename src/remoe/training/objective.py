@@ -8,18 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from remoe.data.sampler import NO_LABEL
 from remoe.moe import losses, stats
 from remoe.moe.revival import is_starving, revival
 from remoe.moe.routing import Routing, count_tokens
 from remoe.training.config import LossConfig, SparsityConfig
 
-IGNORED_LABEL = -100
-
 
 def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
     """Summed cross-entropy over `num_labels`, the labels of the whole step: micro-batches add up to the step's mean."""
     losses_sum = F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=NO_LABEL, reduction="sum"
     )
     return losses_sum / max(1, num_labels)
 
@@ -89,7 +88,9 @@ class Objective:
         total: Tensor | float = 0.0
         if "sparsity_l1" in terms:
             assert sparsity_coef is not None, "a model with the L1 term has a controller"
-            total = total + self.over_layers("sparsity_l1", sparsity_coef * terms["sparsity_l1"])
+            weighted_L = sparsity_coef * terms["sparsity_l1"]
+            is_mean = averages_layers("sparsity_l1", self.sparsity.mode)
+            total = total + (weighted_L.mean() if is_mean else weighted_L.sum())
         if "load_balancing" in terms and self.load_balancing_coef:
             total = total + self.load_balancing_coef * terms["load_balancing"].sum()
         if "router_z" in terms:
@@ -98,7 +99,7 @@ class Objective:
             total = total + self.sparsity.revival_coef * terms["revival"].sum()
         return total
 
-    def over_layers(self, name: str, values_L: Tensor) -> Tensor:
-        """One number for the model: the L1 term's mean over layers (released mode: sum), other terms' sum."""
-        is_mean = name == "sparsity_l1" and self.sparsity.mode == "paper"
-        return values_L.mean() if is_mean else values_L.sum()
+
+def averages_layers(name: str, mode: str) -> bool:
+    """Whether a term of the model is the mean over its layers rather than their sum: the paper's L1 term is."""
+    return name == "sparsity_l1" and mode == "paper"

@@ -11,6 +11,7 @@ from torch import Tensor
 from remoe.errors import TrainingError
 from remoe.training.config import TrainConfig
 from remoe.training.metrics import Metrics, MetricsFile
+from remoe.training.objective import averages_layers
 from remoe.training.progress import Reporter
 from remoe.training.readout import Readout
 from remoe.training.sinks import Sinks
@@ -139,8 +140,7 @@ def over_layers(name: str, values: list[float] | None, mode: str) -> float | Non
     """A term of the whole model from its layers' values, as in the objective; None where it was not measured."""
     if values is None:
         return None
-    is_mean = name == "sparsity_l1" and mode == "paper"
-    return sum(values) / (len(values) if is_mean else 1)
+    return sum(values) / (len(values) if averages_layers(name, mode) else 1)
 
 
 def _mean(value: float | list[float] | None) -> float | None:

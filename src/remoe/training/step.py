@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
+from remoe.data.sampler import NO_LABEL
 from remoe.moe import MoE, SparsityController
 from remoe.training import router_hooks
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts, count
-from remoe.training.objective import IGNORED_LABEL, Objective, lm_loss
+from remoe.training.objective import Objective, lm_loss
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
 from remoe.training.router_hooks import Observed
 from remoe.training.schedule import has_decayed, learning_rate
@@ -82,7 +83,7 @@ class Stepper:
     def _forward_backward(self, batch: Batch, coef: Tensor | None) -> tuple[Values, RoutingCounts | None, Observed]:
         if not self.model.training:
             self.model.train()
-        num_labels = int((batch.labels_BS != IGNORED_LABEL).sum())
+        num_labels = int((batch.labels_BS != NO_LABEL).sum())
         parts = list(split(batch, self.config.train.micro_batch))
         measured: Values = {}
         counts: RoutingCounts | None = None

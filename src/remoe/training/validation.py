@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remoe.data import Batch
+from remoe.data.sampler import NO_LABEL
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
 from remoe.moe.routing import Routing, count_tokens
-from remoe.training.objective import IGNORED_LABEL
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def evaluate(
 
 def token_mask(batch: Batch) -> Tensor | None:
     """False for the padding after a short text; None where there is none. A token without a label is the last one."""
-    has_label_BS = batch.labels_BS[:, :-1] != IGNORED_LABEL
+    has_label_BS = batch.labels_BS[:, :-1] != NO_LABEL
     if has_label_BS.all():
         return None
     return torch.cat((torch.ones_like(has_label_BS[:, :1]), has_label_BS), dim=1)
@@ -79,10 +79,8 @@ class _Sums:
 
     def add(self, logits_BSV: Tensor, batch: Batch, routings: Sequence[Routing]) -> None:
         labels_T = batch.labels_BS.flatten()
-        losses_T = F.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=IGNORED_LABEL, reduction="none"
-        )
-        member_DT = (batch.domain_BS.flatten() == self.domain_D1) & (labels_T != IGNORED_LABEL)
+        losses_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=NO_LABEL, reduction="none")
+        member_DT = (batch.domain_BS.flatten() == self.domain_D1) & (labels_T != NO_LABEL)
         self.losses_D += torch.where(member_DT, losses_T.to(torch.float64), 0.0).sum(1)
         self.labels_D += member_DT.sum(1)
         for routing in routings:
