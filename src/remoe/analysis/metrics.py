@@ -1,10 +1,13 @@
 """The lines of a run's metrics.jsonl as columns of numbers."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from remoe.training.metrics import late_values
 
 KEPT_FIRST, KEPT_LATER = 2000, 2000
 
@@ -31,10 +34,15 @@ class Metrics:
         """The newest logged value of a key, None if there is none."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
-    def mean_of_last_quarter(self, key: str) -> float | None:
-        """Mean over the last quarter of the steps, None if the key was not logged."""
-        steps, values = self.series("step", key)
-        return float(values[steps > 0.75 * steps[-1]].mean()) if len(steps) else None
+    def late_mean(self, key: str) -> float | None:
+        """Mean over the last quarter of the steps, None if the key was not logged there."""
+        values = late_values(self.rows, key)
+        return statistics.fmean(values) if values else None
+
+    def late_median(self, key: str) -> float | None:
+        """The same with the median: what a pause or a slow step does not move."""
+        values = late_values(self.rows, key)
+        return statistics.median(values) if values else None
 
 
 def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:

@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from remoe.training.metrics import late_values
+
 if TYPE_CHECKING:
     from remoe.training import Run
-
-LATE_SHARE = 0.25
 
 
 def is_finished(run: "Run") -> bool:
@@ -18,17 +18,13 @@ def is_finished(run: "Run") -> bool:
 
 def late_mean(run: "Run", key: str) -> float | None:
     """Mean of a metric over the last quarter of the steps; None where it was not measured (a dense model)."""
-    records = run.metrics()
-    start = (1 - LATE_SHARE) * (records[-1]["step"] if records else 0)
-    values = [record[key] for record in records if record["step"] > start and record.get(key) is not None]
+    values = late_values(run.metrics(), key)
     return statistics.fmean(values) if values else None
 
 
 def median_speed(run: "Run") -> float | None:
-    """Median tokens per second over the last quarter: past compilation, caches and the dense start."""
-    records = run.metrics()
-    late = records[-max(1, int(len(records) * LATE_SHARE)) :]
-    speeds = [record["tokens_per_second"] for record in late if record.get("tokens_per_second")]
+    """Median tokens per second over the last quarter of the steps."""
+    speeds = late_values(run.metrics(), "tokens_per_second")
     return statistics.median(speeds) if speeds else None
 
 

@@ -3,13 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from remoe.errors import CheckpointError, TrainingError
 
 Metrics = dict[str, Any]
+LATE_SHARE = 0.25
+"""A run's own numbers are taken over this last part of its steps: past the dense start, compilation and caches."""
 
 
 class MetricsFile:
@@ -45,6 +47,12 @@ def read_metrics(path: Path) -> list[Metrics]:
     Raises CheckpointError, naming the line, where one is not what a run writes.
     """
     return [metrics for _, metrics in _complete_lines(path)]
+
+
+def late_values(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    """What the lines of the last quarter of the steps say of one metric; those that did not measure it left out."""
+    start = (1 - LATE_SHARE) * rows[-1]["step"] if rows else 0
+    return [row[key] for row in rows if row["step"] > start and row.get(key) is not None]
 
 
 def cut_back(path: Path, step: int) -> None:
