@@ -45,6 +45,36 @@ def test_comparison_pairs_losses_by_seed(plan, said, tmp_path):
     assert written["runs"]["c/relu-seed1"]["valid_loss"] == losses["relu-seed1"]
 
 
+def test_balance_of_every_arm_is_shown_and_what_each_differs_in(tiny_overrides, said, tmp_path):
+    plan = Plan(name="c", config="demo-relu", routers=["topk", "relu", "dense"], overrides=tiny_overrides)
+    result = compare(plan, root=tmp_path, say=said.append)
+    topk, relu, dense = result.rows
+    assert topk.load_balancing_coef == pytest.approx(0.01)
+    assert relu.load_balancing_coef == 0
+    assert min(topk.load_balancing, relu.load_balancing) > 0.9
+    assert dense.load_balancing is None
+    written = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert written["equal"] == "steps"
+    assert written["differs"]["topk"] == {}
+    assert written["differs"]["relu"] == {"model.router": ["topk", "relu"]}
+    assert set(written["differs"]["dense"]) == {"model.moe_layers", "model.router"}  # the latter is not used there
+
+
+def test_runs_of_equal_flops_compute_as_much_as_the_first_router_did(tiny_overrides, said, tmp_path):
+    overrides = (*tiny_overrides, "train.steps=12", "train.checkpoint_interval=12")
+    plan = Plan(name="c", config="demo-relu", routers=["relu", "topk"], overrides=overrides, equal="flops")
+    result = compare(plan, root=tmp_path, say=said.append)
+    relu, topk = result.rows
+    one_step = relu.training_flops / 12
+    assert abs(topk.training_flops - relu.training_flops) < one_step  # the dense start of ReLU routing is paid back
+    assert [path.name for path in result.runs] == ["relu-seed0", "topk-seed0-equal-flops"]
+    assert Run.open(result.runs[1]).step > 12
+    written = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert set(written["differs"]["topk"]) == {"model.router", "train.steps"}
+    again = compare(plan, root=tmp_path, say=said.append)
+    assert again.rows == result.rows
+
+
 def test_finished_runs_are_not_trained_again_and_interrupted_ones_go_on(plan, said, tmp_path):
     result = compare(plan, root=tmp_path, say=said.append)
     stamps = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in result.runs}

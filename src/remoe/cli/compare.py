@@ -13,6 +13,9 @@ def compare_command(
     routers: Annotated[str, typer.Option(help="routers, `dense` or recipes; the others are compared with the first")],
     name: Annotated[str, typer.Option(help="the comparison's folder below runs/")],
     seeds: Annotated[str, typer.Option(help="seeds of initial values and data order")] = "0",
+    equal: Annotated[
+        str, typer.Option(help="steps, or flops: train on to the first router's measured FLOPs")
+    ] = "steps",
     overrides: Overrides = None,
     parallel: Annotated[int, typer.Option(help="runs at a time, each a process of its own", min=1)] = 1,
     devices: Annotated[str, typer.Option(help="spread runs over these devices, e.g. cuda:0,cuda:1")] = "",
@@ -28,7 +31,9 @@ def compare_command(
     from remoe.recipes.comparison import compare
     from remoe.recipes.plan import Plan
 
-    plan = Plan(name=name, config=config, routers=words(routers), seeds=_numbers(seeds), overrides=overrides or ())
+    plan = Plan(
+        name=name, config=config, routers=words(routers), seeds=_numbers(seeds), overrides=overrides or (), equal=equal
+    )
     slots = words(devices) * parallel if devices else ["auto"] * parallel if parallel > 1 else []
     result = compare(plan, root=root, devices=slots, overwrite=overwrite)
     print(as_table(result.rows, len(plan.seeds)))

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
     """The rows of a comparison as text."""
     first = rows[0].router
-    header = ("router", "valid loss", f"minus {first}", "95 % interval", "active experts", "tokens/s")
+    header = (
+        "router",
+        "valid loss",
+        f"minus {first}",
+        "95 % interval",
+        "active experts",
+        "balance",
+        "FLOPs",
+        "tokens/s",
+    )
     lines = [
         (
             row.router,
@@ -20,12 +29,21 @@ def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
             number(row.difference.mean, "+.4f") if row.difference else "",
             _ends(row),
             number(row.active_experts, ".3f"),
+            _balance(row),
+            number(row.training_flops, ".3e"),
             number(row.tokens_per_second, ",.0f"),
         )
         for row in rows
     ]
     note = "" if num_seeds > 1 else "\none seed: no interval; --seeds 0,1,2 gives one"
     return table(header, lines) + note
+
+
+def _balance(row: "Row") -> str:
+    """The balance term a layer, and whether the arm was trained with it."""
+    if row.load_balancing is None:
+        return ""
+    return f"{row.load_balancing:.3f}" + ("" if row.load_balancing_coef else " (inert)")
 
 
 def _ends(row: "Row") -> str:

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig, router_without_values
+from remoe.moe import RouterContext, build_router
 from remoe.moe.cells import share_cell
+from remoe.moe.routers import router_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,41 @@ def flops_per_token(config: ReMoEConfig, sequence_length: int, active_experts: f
     multiply_adds = config.num_layers * (projections + scores * config.head_width * config.num_heads)
     multiply_adds += mlp * (config.num_layers - moe_layers) + hidden * _vocab_size(config)
     return 3 * 2 * (multiply_adds + mlp * active * moe_layers)
+
+
+def training_flops_per_token(config: ReMoEConfig, sequence_length: int, active_experts: float | None) -> float:
+    """As `flops_per_token`, with the routers' products too: what a run really computes.
+
+    `active_experts` as measured; None for a dense model.
+    """
+    if config.num_moe_layers == 0:
+        return flops_per_token(config, sequence_length)
+    options = config.moe.router_options
+    if getattr(router_class(config.moe.router_name), "experts", "grouped") == "merged":  # one expert, merged by segment
+        active_experts = 1 + config.moe.routed_experts / options.get("segment_length", sequence_length)
+    return flops_per_token(config, sequence_length, active_experts) + 3 * config.num_moe_layers * router_flops(config)
+
+
+def router_flops(config: ReMoEConfig) -> float:
+    """Forward FLOPs of one layer's router for one token, counted while a small batch runs through it."""
+    counts = [_counted_router_flops(config, num_tokens) for num_tokens in (32, 64)]
+    return (counts[1] - counts[0]) / 32  # what does not grow with the tokens (a hypernetwork) is left out
+
+
+def _counted_router_flops(config: ReMoEConfig, num_tokens: int) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    moe = config.moe
+    context = RouterContext(
+        token_ids_T=torch.zeros(num_tokens, dtype=torch.int64),
+        sequence_start_T=torch.arange(num_tokens) == 0,
+        layer_index=0,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build_router(moe.router_name, moe.hidden_size, moe.routed_experts, moe.routed_top_k, **moe.router_options)(
+            torch.zeros(num_tokens, moe.hidden_size), context
+        )
+    return counter.get_total_flops()
 
 
 def flops_per_sequence(config: ReMoEConfig, sequence_length: int) -> float:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remoe.config import to_dict
 from remoe.errors import CheckpointError
+from remoe.recipes.budget import at_equal_flops, training_flops
 from remoe.recipes.intervals import Interval, interval
 from remoe.recipes.pairing import Pairing, check_pairing
-from remoe.recipes.plan import Plan, Trial, trials
+from remoe.recipes.plan import Plan, Trial, differing_settings, trials
 from remoe.recipes.results import differences, is_finished, late_mean, median_speed
 from remoe.recipes.workers import run_in_processes
 from remoe.training.metrics import finite
@@ -30,6 +31,12 @@ class Row(NamedTuple):
     valid_loss: Interval
     difference: Interval | None
     active_experts: float | None
+    load_balancing: float | None
+    """Mean over MoE layers and late steps of the balance term: 1 is even. Measured in every arm, inert or not."""
+    load_balancing_coef: float | None
+    """What the term was multiplied by; 0: inert."""
+    training_flops: float
+    """Of one run, from the experts that were active as measured, routers included."""
     tokens_per_second: float | None
 
 
@@ -52,16 +59,39 @@ def compare(
     Writes comparison.json beside the runs.
     """
     planned = trials(plan)
-    todo = [trial for trial in planned if overwrite or not _is_done(trial, root)]
+    todo = _unfinished(planned, root, overwrite)
     pairing = check_pairing(planned, _prepare_data(planned[0].config))
     say(str(pairing))
-    if len(todo) < len(planned):
-        say(f"{len(planned) - len(todo)} of {len(planned)} runs are finished and stay")
-    if devices:
-        run_in_processes(todo, devices, root, overwrite=overwrite, say=say)
-    else:
-        _train_here(todo, root, overwrite=overwrite)
+    _train(todo, len(planned), _Place(root, devices, overwrite, say))
+    if plan.equal == "flops":
+        matched = at_equal_flops(planned, root)
+        longer = [trial for trial, before in zip(matched, planned, strict=True) if trial is not before]
+        say(f"equal FLOPs: {len(longer)} of {len(planned)} runs need another number of steps")
+        _train(_unfinished(longer, root, overwrite), len(longer), _Place(root, devices, overwrite, say))
+        planned = matched
     return _finish(plan, planned, pairing, root)
+
+
+class _Place(NamedTuple):
+    """Where and how runs are trained."""
+
+    root: Path
+    devices: Sequence[str]
+    overwrite: bool
+    say: Say
+
+
+def _unfinished(planned: Sequence[Trial], root: Path, overwrite: bool) -> list[Trial]:
+    return [trial for trial in planned if overwrite or not _is_done(trial, root)]
+
+
+def _train(todo: Sequence[Trial], num_planned: int, place: _Place) -> None:
+    if len(todo) < num_planned:
+        place.say(f"{num_planned - len(todo)} of {num_planned} runs are finished and stay")
+    if place.devices:
+        run_in_processes(todo, place.devices, place.root, overwrite=place.overwrite, say=place.say)
+    else:
+        _train_here(todo, place.root, overwrite=place.overwrite)
 
 
 def summarise(planned: Sequence[Trial], root: Path) -> list[Row]:
@@ -83,8 +113,17 @@ def _row(router: str, runs: Sequence["Run"], first: Sequence["Run"]) -> Row:
         valid_loss=interval(losses),
         difference=None if runs is first else interval(paired),
         active_experts=_mean(late_mean(run, "active_experts") for run in runs),
+        load_balancing=_mean(_balance(run) for run in runs),
+        load_balancing_coef=_mean(late_mean(run, "load_balancing_coef") for run in runs),
+        training_flops=statistics.fmean(training_flops(run) for run in runs),
         tokens_per_second=_mean(median_speed(run) for run in runs),
     )
+
+
+def _balance(run: "Run") -> float | None:
+    """The balance term of a late step, a layer."""
+    value = late_mean(run, "load_balancing")
+    return None if value is None else value / run.config.model.num_moe_layers
 
 
 def _prepare_data(config: "TrainConfig") -> int:
@@ -145,7 +184,9 @@ def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) 
         "config": plan.config,
         "overrides": list(plan.overrides),
         "seeds": list(plan.seeds),
+        "equal": plan.equal,
         "pairing": pairing._asdict(),
+        "differs": differing_settings(planned),
         "runs": {trial.config.name: _outcome(trial, root) for trial in planned},
         "rows": [row._asdict() | {"valid_loss": row.valid_loss._asdict(), "difference": _plain(row)} for row in rows],
     }
@@ -161,7 +202,12 @@ def _outcome(trial: Trial, root: Path) -> dict[str, Any]:
         "router": trial.router,
         "seed": trial.seed,
         "valid_loss": run.valid_loss,
+        "steps": run.step,
         "active_experts": late_mean(run, "active_experts"),
+        "valid_active_experts": run.metrics()[-1].get("valid_active_experts"),
+        "load_balancing": _balance(run),
+        "load_balancing_coef": late_mean(run, "load_balancing_coef"),
+        "training_flops": training_flops(run),
         "tokens_per_second": median_speed(run),
         "tokens": run.tokens,
     }

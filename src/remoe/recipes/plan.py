@@ -1,12 +1,17 @@
-"""What a comparison runs: routers x seeds, each trial a config that differs from its neighbours in the router alone."""
+"""What a comparison runs: routers x seeds, each trial a config that differs from its neighbours in the router alone.
+
+Everything of an arm comes from here: one base config gives data order, precision, optimizer, experts and balance
+coefficients to all; `differing_settings` says where an arm that is a recipe brings its own.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from remoe.config import apply_overrides, from_dict, to_dict
+from remoe.config import apply_overrides, check_choice, from_dict, to_dict
 from remoe.errors import ConfigError, nearest
 from remoe.recipes.catalog import load, merge, names, read_values
+from remoe.recipes.results import differences
 
 if TYPE_CHECKING:
     from remoe.training.config import TrainConfig
@@ -23,8 +28,11 @@ class Plan:
     routers: Sequence[str]
     seeds: Sequence[int] = (0,)
     overrides: Sequence[str] = ()
+    equal: str = "steps"
+    """steps, or flops: after equal steps, runs are trained to the FLOPs that the first router's run was measured at."""
 
     def __post_init__(self) -> None:
+        check_choice("--equal", self.equal, ("steps", "flops"))
         for key, values in (("--routers", self.routers), ("--seeds", self.seeds)):
             if not values:
                 raise ConfigError(f"{key} is empty, must name at least one")
@@ -86,3 +94,12 @@ def settings_of_batches(config: "TrainConfig") -> dict[str, Any]:
     """All settings but the router's; runs that are equal in these see the same batches in the same order."""
     settings = {key: value for key, value in to_dict(config).items() if key not in ROUTER_SECTIONS}
     return settings | {"vocab_size": config.model.vocab_size}
+
+
+def differing_settings(planned: Sequence[Trial]) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """For each router the settings in which its runs differ from the first router's: {dotted key: (first, own)}."""
+    of_router = {trial.router: to_dict(trial.config) for trial in reversed(planned)}
+    first = of_router[planned[0].router]
+    routers = list(dict.fromkeys(trial.router for trial in planned))
+    found = {router: differences(first, of_router[router]) for router in routers}
+    return {router: {key: pair for key, pair in changed.items() if key != "name"} for router, changed in found.items()}
