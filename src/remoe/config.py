@@ -105,6 +105,16 @@ def describe_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]
         yield f"{prefix}{field.name}", default, field.metadata.get("help", "")
 
 
+def check_type(key: str, value: Any, kind: Any) -> Any:
+    """The value as the type asked for (a whole float as an int, say); ConfigError where it is not one."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(_misfit(key, error.errors()[0])) from None
+
+
 def check_range(key: str, value: float, low: float, high: float = float("inf"), fix: str = "") -> None:
     """Raise ConfigError unless low <= value <= high; the message has key, value, range and fix."""
     if low <= value <= high:
@@ -146,6 +156,10 @@ def _explain(cls: type, error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = [field.name for field in dataclasses.fields(sections[-1])]
         return f"unknown key {key!r}; {nearest(path[-1], allowed)}"
+    return _misfit(key, error)
+
+
+def _misfit(key: str, error: Any) -> str:
     return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

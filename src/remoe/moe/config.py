@@ -22,6 +22,8 @@ class MoEConfig:
     dropout: float = setting(0.0, "dropout inside relu experts")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.router, str) and "name" not in self.router:
+            raise ConfigError(f"router is {self.router!r}, must be a name or {{name: NAME, option: value, ...}}")
         check_range("hidden_size", self.hidden_size, 1)
         check_range("intermediate_size", self.intermediate_size, 1)
         check_range("num_experts", self.num_experts, 1)

@@ -77,7 +77,7 @@ def test_without_the_option_there_is_no_scale_and_nothing_is_normalised():
 
 def test_the_scale_starts_where_the_option_says():
     assert build_router("relu", 3, 4, 1, normalize=True, init_scale=0.5).scale.tolist() == [0.5] * 4
-    with pytest.raises(ConfigError, match="eps is 0, must be above 0"):
+    with pytest.raises(ConfigError, match=r"eps is 0\.0, must be above 0"):
         build_router("relu", 3, 4, 1, normalize=True, eps=0)
 
 

@@ -3,11 +3,11 @@
 import dataclasses
 import importlib
 import inspect
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from torch import nn
 
-from remoe.config import check_range
+from remoe.config import check_range, check_type
 from remoe.errors import ConfigError, nearest
 
 ROUTERS = {
@@ -39,7 +39,7 @@ def router_class(name: str) -> type[nn.Module]:
 def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> nn.Module:
     """Build a router that maps hidden_TH to a Routing over num_experts (after granularity).
 
-    Raises ConfigError for an unknown name or option, or for top_k outside 1..num_experts.
+    Raises ConfigError for an unknown name or option, an option of the wrong type, or top_k outside 1..num_experts.
     """
     check_range("top_k", top_k, 1, num_experts, fix="it is the (average) number of experts a token uses")
     cls = router_class(name)
@@ -47,7 +47,9 @@ def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **op
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ConfigError(f"router {name!r} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
-    return cls(hidden_size, num_experts, top_k, **options)
+    kinds = get_type_hints(cls.__init__)
+    checked = {key: check_type(f"router option {key}", value, kinds.get(key, Any)) for key, value in options.items()}
+    return cls(hidden_size, num_experts, top_k, **checked)
 
 
 def option_names(name: str) -> list[str]:
