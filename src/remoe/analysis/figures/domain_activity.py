@@ -8,10 +8,10 @@ import numpy as np
 
 from remoe.analysis.drawing import INK, MUTED, POINTS, chart, series_colour
 from remoe.analysis.figure import Chart, Figure, Key
-from remoe.analysis.record import RunRecord, routed
+from remoe.analysis.record import COLOURS, RunRecord, routed
 from remoe.analysis.table import Table
 
-MAX_DOMAINS = 8
+MAX_DOMAINS = COLOURS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
         charts=tuple(draw(activities)),
         columns=min(3, max(2, len(activities))),
         legend=(
-            *(Key(name, f"c{index % 8}") for index, name in enumerate(domains[:MAX_DOMAINS])),
+            *(Key(name, f"c{index % COLOURS}") for index, name in enumerate(domains[:MAX_DOMAINS])),
             Key("all domains", "ink"),
             Key("nominal k", "muted", "dash"),
         ),

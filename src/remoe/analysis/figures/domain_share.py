@@ -8,10 +8,10 @@ import numpy as np
 
 from remoe.analysis.drawing import INK, chart, series_colour, whole_ticks
 from remoe.analysis.figure import Chart, Figure, Key
-from remoe.analysis.record import RunRecord, routed
+from remoe.analysis.record import COLOURS, RunRecord, routed
 from remoe.analysis.table import Table
 
-MAX_DOMAINS = 8
+MAX_DOMAINS = COLOURS
 MAX_BARS = 16
 
 
@@ -66,7 +66,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
         charts=tuple(draw(shares)),
         columns=min(3, len(routed(runs))),
         legend=(
-            *(Key(name, f"c{index % 8}", "box") for index, name in enumerate(domains[:MAX_DOMAINS])),
+            *(Key(name, f"c{index % COLOURS}", "box") for index, name in enumerate(domains[:MAX_DOMAINS])),
             Key("even load, k / E", "ink", "dash"),
         ),
         notes=_left_out(domains),
