@@ -18,7 +18,9 @@ class DataConfig:
     )
     validation: Source | None = setting(None, "the same for validation; null: a part held out of train")
     validation_fraction: float = setting(0.05, "share of the documents held out when validation is null")
-    tokenizer: str = setting("bytes", "bytes, characters, gpt2:FOLDER (vocab.json, merges.txt), or a tokenizer.json")
+    tokenizer: str = setting(
+        "bytes", "bytes, characters, words, gpt2:FOLDER (vocab.json, merges.txt), or a tokenizer.json"
+    )
     sequence_length: int = setting(256, "tokens S a sequence")
     document_mask: bool = setting(False, "attention stays inside each packed document")
     domain_field: str | None = setting(None, "key of a jsonl row's domain, dotted; null: meta.pile_set_name if there")

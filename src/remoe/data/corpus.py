@@ -144,7 +144,7 @@ def _is_same_text(one: Path, other: Path) -> bool:
 
 def _open_tokenizer(spec: str, files: Sequence[_File]) -> Tokenizer:
     texts = [file.path for file in files if not file.is_prefix]
-    if spec == "characters" and not texts and beside(files[0].path, ".tokenizer").is_dir():
+    if spec in ("characters", "words") and not texts and beside(files[0].path, ".tokenizer").is_dir():
         return load_saved_tokenizer(beside(files[0].path, ".tokenizer"))
     return load_tokenizer(spec, texts)
 

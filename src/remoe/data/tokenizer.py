@@ -67,16 +67,19 @@ class Tokenizer(Protocol):
 def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None) -> Tokenizer:
     """The tokenizer that a setting names.
 
-    `bytes`; `characters` (needs training_files, whose characters are its vocabulary); `gpt2:FOLDER` with vocab.json
-    and merges.txt; a tokenizer.json of the tokenizers library; or a folder that holds one of them, such as a run's
+    `bytes`; `characters` or `words` (need training_files, whose characters or words are the vocabulary); `gpt2:FOLDER`
+    with vocab.json and merges.txt; a tokenizer.json of the tokenizers library; or a folder that holds one of them, such as a run's
     `tokenizer/`. Raises DataError for anything else. Only data is read: loading never executes code.
     """
     from remoe.data import subword
+    from remoe.data.words import words_of
 
     if spec == "bytes":
         return BytesTokenizer()
     if spec == "characters":
         return _characters_of(training_files)
+    if spec == "words":
+        return words_of(training_files)
     if spec.startswith("gpt2:"):
         return subword.load_gpt2(Path(spec.removeprefix("gpt2:")))
     path = Path(spec)
@@ -87,14 +90,15 @@ def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None) -> T
     if path.is_file():
         return subword.load_json(path)
     raise DataError(
-        f"tokenizer {spec!r} does not exist, must be bytes, characters, gpt2:FOLDER (with vocab.json and merges.txt), "
-        "a tokenizer.json, or the tokenizer folder of a run"
+        f"tokenizer {spec!r} does not exist, must be bytes, characters, words, gpt2:FOLDER (with vocab.json and "
+        "merges.txt), a tokenizer.json, or the tokenizer folder of a run"
     )
 
 
 def load_saved_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save(folder)` wrote. Raises DataError if a file is missing, or was changed since."""
     from remoe.data import subword
+    from remoe.data.words import WordTokenizer
 
     card = read_card(folder)
     kind = card.get("kind")
@@ -102,6 +106,8 @@ def load_saved_tokenizer(folder: Path) -> Tokenizer:
         tokenizer: Tokenizer = BytesTokenizer()
     elif kind == "characters":
         tokenizer = CharacterTokenizer(card["characters"])
+    elif kind == "words":
+        tokenizer = WordTokenizer(card["words"])
     elif kind in subword.KINDS:
         tokenizer = subword.load_saved(folder, kind, card["name"])
     else:
