@@ -111,7 +111,7 @@ def test_different_tokenizers_have_different_fingerprints():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("byte", "must be bytes, characters, gpt2:FOLDER"),
+        ("byte", "must be bytes, characters, words, gpt2:FOLDER"),
         ("gpt2:nowhere", r"nowhere/vocab\.json does not exist"),
         ("broken.json", r"broken\.json is not a tokenizer\.json"),
     ],

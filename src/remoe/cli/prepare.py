@@ -9,7 +9,7 @@ import typer
 
 def prepare_command(
     inputs: Annotated[list[Path], typer.Argument(help="txt, jsonl or parquet files; .gz, .xz and .zst are read too")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, characters, gpt2:FOLDER, or a tokenizer.json")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, characters, words, gpt2:FOLDER, or a tokenizer.json")],
     output: Annotated[Path, typer.Option(help="PREFIX of the .bin/.idx pair and what belongs to it")],
     key: Annotated[str, typer.Option(help="key of a row's text")] = "text",
     domain_field: Annotated[

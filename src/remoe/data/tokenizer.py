@@ -68,8 +68,8 @@ def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None) -> T
     """The tokenizer that a setting names.
 
     `bytes`; `characters` or `words` (need training_files, whose characters or words are the vocabulary); `gpt2:FOLDER`
-    with vocab.json and merges.txt; a tokenizer.json of the tokenizers library; or a folder that holds one of them, such as a run's
-    `tokenizer/`. Raises DataError for anything else. Only data is read: loading never executes code.
+    with vocab.json and merges.txt; a tokenizer.json of the tokenizers library; or a folder that holds one of them, such
+    as a run's `tokenizer/`. Raises DataError for anything else. Only data is read: loading never executes code.
     """
     from remoe.data import subword
     from remoe.data.words import words_of
