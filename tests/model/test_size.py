@@ -172,3 +172,13 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings, preci
     temporary = rows * tokens_BS.numel() if config.num_moe_layers else 0
     estimated = plan(config, workload).memory.activations - temporary
     assert estimated == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{"attention_span": 96}, {"attention_span": 400, "num_heads": 2}])
+def test_the_estimate_of_a_post_norm_models_activations_is_near_what_autograd_keeps(settings):
+    character = {"vocab_size": 3, "block": "post_norm", "hidden_size": 64, "num_layers": 4, "num_kv_heads": None}
+    experts = {"intermediate_size": 64, "num_experts": 8, "top_k": 2, "router": "topk"}
+    config = ReMoEConfig(**character | experts | settings)
+    tokens_BS = torch.zeros(4, 130, dtype=torch.int64)
+    estimated = plan(config, Workload(sequence_length=130, micro_batch_size=4)).memory.activations
+    assert estimated == pytest.approx(kept_bytes(config, tokens_BS, "fp32"), rel=0.2)

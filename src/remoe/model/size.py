@@ -230,7 +230,15 @@ def _attention_bytes(config: ReMoEConfig, workload: Workload) -> int:
     """A token's share: residual and norm output; query, key, value and result of all heads."""
     heads = config.num_heads * config.head_width
     key_value = config.kv_heads * config.head_width if workload.precision == "bf16" else heads
-    return 4 * config.hidden_size + workload.compute_bytes * (config.hidden_size + 2 * heads + 2 * key_value)
+    own = 4 * config.hidden_size + workload.compute_bytes * (config.hidden_size + 2 * heads + 2 * key_value)
+    return own + _score_bytes(config, workload) if config.is_post_norm else own
+
+
+def _score_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """A token's share of relative attention: softmax and dropout mask over the span, and the shares over all slots."""
+    span, width = config.attention_span, workload.compute_bytes
+    dropout = span if config.dropout else 0
+    return config.num_heads * (4 * span + dropout + width * (span + workload.sequence_length))
 
 
 def _dense_mlp_bytes(config: ReMoEConfig, workload: Workload) -> int:
