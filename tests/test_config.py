@@ -58,6 +58,7 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"data": {"train": 3}}, "data.train is 3: "),
         ({"model": 3}, "model is 3: "),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan, must be at least 0.0"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr is inf, must be at least 0.0"),
         ({"name": "../up"}, "name is '../up'"),
     ],
 )

@@ -117,7 +117,7 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
 
 def check_range(key: str, value: float, low: float, high: float = float("inf"), fix: str = "") -> None:
     """Raise ConfigError unless low <= value <= high; the message has key, value, range and fix."""
-    if low <= value <= high:
+    if low <= value <= high and value != float("inf"):
         return
     allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
     raise ConfigError(f"{key} is {value}, must be {allowed}" + (f"; {fix}" if fix else ""))

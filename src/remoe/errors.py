@@ -28,6 +28,12 @@ class TrainingError(RemoeError):
     exit_code = 1
 
 
+class NoRoomError(TrainingError):
+    """A full or read-only disk: the user can make room; what was written before is whole."""
+
+    exit_code = 2
+
+
 class MissingExtraError(RemoeError, ImportError):
     """An optional library that the called feature needs and that is not installed."""
 

@@ -78,7 +78,7 @@ def test_exit_code_is_the_errors_own(capsys):
 
     assert fail_with(DataError("the text\nis empty")) == 2
     assert fail_with(TrainingError("no finite loss")) == 1
-    assert fail_with(OSError(28, "No space left on device", "runs/x")) == 1
+    assert fail_with(OSError(28, "No space left on device", "runs/x")) == 2
     assert fail_with(KeyboardInterrupt()) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["remoe: the text is empty", "remoe: no finite loss"]

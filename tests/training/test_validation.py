@@ -77,6 +77,14 @@ def test_flips_are_counted_between_the_two_sides_of_a_step(model, batch):
     assert float(values["flip_count"]) == pytest.approx(4 * expected)
 
 
+def test_flips_are_measured_in_the_runs_precision(model, batch):
+    meter = FlipMeter(model, batch, document_mask=False, precision="bf16")
+    meter.before_step()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        routings = model(batch.tokens_BS, token_mask(batch)).routings
+    assert all(torch.equal(a, r.routing_map_TE) for a, r in zip(meter._before, routings, strict=True))
+
+
 def test_flip_rate_of_the_specs_maps():
     # TV5
     first = [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from remoe.errors import RemoeError, nearest
+from remoe.errors import NoRoomError, RemoeError, nearest
 
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -36,7 +36,7 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        return _say(str(error), 1)
+        return _say(str(error), NoRoomError.exit_code)
 
 
 def _usage(error: Any) -> int:

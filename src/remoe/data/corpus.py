@@ -61,6 +61,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     """
     train_files = _locate("data.train", config.train, config)
     validation_files = [] if config.validation is None else _locate("data.validation", config.validation, config)
+    _check_unweighted(validation_files)
     _check_different(train_files, validation_files)
     tokenizer = _open_tokenizer(config.tokenizer, train_files)
     trains = _open_long_enough(train_files, tokenizer, config)
@@ -119,6 +120,14 @@ def _weighted(key: str, entry: dict[str, Any]) -> tuple[str, float]:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ConfigError(f"{key}: the weight of {path} is {weight!r}, must be a number above 0")
     return path, float(weight)
+
+
+def _check_unweighted(files: Sequence[_File]) -> None:
+    weighted = [file.given for file in files if file.weight is not None]
+    if len(files) > 1 and weighted:
+        raise ConfigError(
+            f"data.validation gives {weighted[0]} a weight, must be a list of paths: each text counts by its tokens"
+        )
 
 
 def _check_different(train: Sequence[_File], validation: Sequence[_File]) -> None:

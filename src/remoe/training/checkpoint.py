@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remoe.errors import CheckpointError, TrainingError
+from remoe.errors import CheckpointError, NoRoomError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
 def write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Checkpoint:
     """Write `folder`/step_N for N = record["step"]; it appears there only when complete.
 
-    Raises TrainingError where the disk is full or fails; what was there before is untouched then.
+    Raises NoRoomError where the disk is full or fails; what was there before is untouched then.
     """
     final = folder / f"step_{record['step']:08d}"
     partial = final.with_suffix(".tmp")
@@ -254,9 +254,9 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _storage_error(error: OSError, path: Path) -> TrainingError:
+def _storage_error(error: OSError, path: Path) -> NoRoomError:
     last = paths(path.parent)
     kept = f"the last complete one is {last[-1]}" if last else "there is no earlier one"
-    return TrainingError(
+    return NoRoomError(
         f"checkpoint {path} could not be written: {error.strerror or error}; {kept}; make room and go on with --resume"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
@@ -14,11 +15,12 @@ CALIBRATION_SEQUENCES = 4
 class FlipMeter:
     """Routing maps before and after a step, on the same tokens in eval mode."""
 
-    def __init__(self, model: nn.Module, batch: Batch, document_mask: bool) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, document_mask: bool, precision: str = "fp32") -> None:
         device = next(model.parameters()).device
         batch = Batch(*(values[:CALIBRATION_SEQUENCES] for values in batch))
         mask_BS = token_mask(batch)
         self.model = model
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self.tokens_BS = batch.tokens_BS.to(device)
         self.mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
         self.document_BS = batch.document_BS.to(device) if document_mask else None
@@ -34,6 +36,6 @@ class FlipMeter:
         return {"flip_rate": rate, "flip_count": rate * self._before[0].shape[1]}
 
     def _maps(self) -> list[Tensor]:
-        with evaluating(self.model):
+        with evaluating(self.model), self.autocast:
             routings = self.model(self.tokens_BS, self.mask_BS, document_BS=self.document_BS).routings
         return [routing.routing_map_TE for routing in routings if routing is not None]

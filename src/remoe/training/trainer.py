@@ -193,4 +193,5 @@ class Trainer:
         if self.config.train.flip_interval == 0 or self.config.model.num_moe_layers == 0:
             return None
         batches = validation_batches(self.corpus.validation, self.config.data.sequence_length, CALIBRATION_SEQUENCES, 1)
-        return FlipMeter(self.stepper.model, next(batches), self.config.data.document_mask)
+        config = self.config
+        return FlipMeter(self.stepper.model, next(batches), config.data.document_mask, config.train.precision)
