@@ -238,5 +238,5 @@ def test_real_text_of_nine_domains_opens_with_gpt2_tokens(shared, data_config):
 def test_weights_of_validation_texts_are_refused_not_ignored(write_rows, data_config):
     texts = [write_rows(f"{name}.jsonl", TEXTS[place::3]) for place, name in enumerate("abc")]
     entries = [{"path": str(path), "weight": 2} for path in texts[1:]]
-    with pytest.raises(ConfigError, match="data.validation gives .* a weight, must be a list of paths"):
+    with pytest.raises(ConfigError, match=r"data\.validation gives .* a weight"):
         open_corpus(data_config(train=str(texts[0]), validation=entries))
