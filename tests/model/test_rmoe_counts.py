@@ -116,5 +116,10 @@ def test_large_model_pays_what_the_spec_counts_for_its_router(router, extra):
 
 
 def test_granularity_and_dense_layers_are_counted_too():
-    for settings in ({"granularity": 4}, {"moe_layers": [1, 3]}, {"moe_layers": "none"}):
-        total(**MEDIUM | settings, router=SMOE)
+    whole = total(**MEDIUM, router=SMOE)
+    biases_and_router_rows = 3 * 8 * 16 * 352 + 3 * 8 * 16 * (352 + 1)  # four parts an expert: outputs and logits
+    assert total(**MEDIUM | {"granularity": 4}, router=SMOE) == whole + biases_and_router_rows
+    expert, norms, router = 2 * 352 * 352 + 2 * 352, 2 * 2 * 352, 16 * (352 + 1)
+    for layers, num_dense in (([1, 3], 6), ("none", 8)):
+        less = num_dense * (15 * expert + norms + router)
+        assert total(**MEDIUM | {"moe_layers": layers}, router=SMOE) == whole - less
