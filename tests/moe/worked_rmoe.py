@@ -5,27 +5,16 @@ from torch import nn
 
 from remoe import RouterContext, build_router
 from remoe.moe.cells import share_cell
+from tests.moe.routers.rmoe_vectors import mat, vec, x
 
 F64 = torch.float64
-
-
-def q(code, row, column):
-    return (((7 * row + 3 * column + code) % 11) - 5) / 10
-
-
-def mat(code, rows, columns):
-    return torch.tensor([[q(code, row, column) for column in range(columns)] for row in range(rows)], dtype=F64)
-
-
-def vec(code, rows):
-    return mat(code, rows, 1)[:, 0]
 
 
 def packed(codes, make, *shape):
     return torch.cat([make(code, *shape) for code in codes])
 
 
-INPUTS = [2 * vec(50 + layer, 3)[None] for layer in (1, 2, 3)]
+INPUTS = [x(layer) for layer in (1, 2, 3)]
 
 CELL_VALUES = {
     "gru": ((20, 21, 22), (23, 24, 25), (26, 27, 28), (29, 30, 31)),
@@ -79,7 +68,7 @@ def run(routers, inputs=None, state_TP=None, **context):
     return routings
 
 
-def close(actual, expected, dtype=F64):
+def assert_near(actual, expected, dtype=F64):
     expected = torch.as_tensor(expected, dtype=dtype).reshape(actual.shape)
     tolerance = 1e-9 if dtype == F64 else 1e-5
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
