@@ -117,6 +117,19 @@ def test_the_layer_and_all_its_gradients_are_those_of_the_definition():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
+def test_bf16_autocast_routes_exactly_and_merges_in_bf16():
+    layer = layer_of(torch.float32)
+    hidden, context = torch.randn(1, 10, 8), RouterContext(sequence_start_T=starts(0, size=10))
+    plain, routing = layer(hidden, context)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, same = layer(hidden, context)
+    out.square().sum().backward()
+    assert torch.equal(same.weights_TE, routing.weights_TE)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain, rtol=0.05, atol=0.05 * plain.abs().max().item())
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
 def test_masked_tokens_get_nothing():
     layer = layer_of()
     mask = torch.arange(10) < 7
