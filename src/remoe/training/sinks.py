@@ -52,13 +52,13 @@ class WandbSink:
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        has_choice = "WANDB_MODE" in os.environ or bool(wandb.api.api_key)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "remoe"),
             name=str(config["name"]),
             dir=str(folder),
             config=dict(config),
-            mode=mode,
+            mode=None if has_choice else "offline",
         )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
