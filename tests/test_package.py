@@ -27,7 +27,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_train_stays_a_function_whatever_was_imported():
-    run_python("import remoe.training.config, remoe; assert callable(remoe.train) and remoe.train.__name__ == 'train'")
+    assert run_python("import remoe.training.config, remoe; print(remoe.train.__name__)") == "train\n"
 
 
 def test_import_loads_nothing_heavy():
@@ -38,10 +38,11 @@ def test_import_loads_nothing_heavy():
 
 def test_core_works_with_every_extra_absent():
     block = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
-    run_python(
+    out = run_python(
         block + "import remoe, torch\n"
         "layer = remoe.MoE(remoe.MoEConfig(hidden_size=8, intermediate_size=8))\n"
         "layer(torch.randn(1, 4, 8))[0].sum().backward()\n"
         "assert callable(remoe.train) and callable(remoe.load)\n"
-        "from remoe.data import load_tokenizer; load_tokenizer('bytes')"
+        "from remoe.data import load_tokenizer; print(load_tokenizer('bytes').vocab_size)"
     )
+    assert out == "257\n"
