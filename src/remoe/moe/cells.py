@@ -21,7 +21,7 @@ class Cell(nn.Module):
         self.state_size = width
 
     def forward(self, input_TP: Tensor, state_TP: Tensor) -> Tensor:
-        """The state after this layer; the maths runs in the dtype of the inputs."""
+        """The state after this layer [T, P], in the dtype of the inputs; the state before may be one row for all."""
         raise NotImplementedError
 
 

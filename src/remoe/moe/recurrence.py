@@ -75,9 +75,12 @@ def build_cell(options: RecurrentOptions, hidden_size: int) -> Cell:
 
 
 def given_state(context: RouterContext, hidden_TH: Tensor, state_size: int) -> Tensor:
-    """The context's state in the dtype of `hidden_TH`, or zeros at the first layer; ConfigError for another shape."""
+    """The context's state in the dtype of `hidden_TH`, or zeros at the first layer; ConfigError for another shape.
+
+    The zeros are one row for all tokens, [1, P]: the cell multiplies its hidden matrix once, not T times.
+    """
     if context.state_TP is None:
-        return hidden_TH.new_zeros(hidden_TH.shape[0], state_size)
+        return hidden_TH.new_zeros(1, state_size)
     expected, shape = [hidden_TH.shape[0], state_size], list(context.state_TP.shape)
     if shape != expected:
         raise ConfigError(f"state_TP has shape {shape}, must be {expected}: the state of the layer before")
@@ -85,15 +88,19 @@ def given_state(context: RouterContext, hidden_TH: Tensor, state_size: int) -> T
 
 
 def passed(state_TP: Tensor, passing: str, context: RouterContext) -> Tensor:
-    """What the next cell step sees of the previous layer's state: value and gradient, one of them, or neither."""
+    """What the next cell step sees of the previous layer's state: value and gradient, one of them, or neither.
+
+    [T, P], or [1, P] where it is 0 for all tokens.
+    """
     if passing == "detach":
         return state_TP.detach()
     if passing == "gradient_only":
         return state_TP - state_TP.detach()
     if passing == "none":
-        return torch.zeros_like(state_TP)
+        return state_TP.new_zeros(1, state_TP.shape[1])
     if passing == "shuffle":
-        return state_TP[token_of_another_sequence(context)]
+        source_T = token_of_another_sequence(context)
+        return state_TP if context.state_TP is None else state_TP[source_T]
     return state_TP
 
 

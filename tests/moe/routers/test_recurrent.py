@@ -76,6 +76,16 @@ def test_a_state_forced_to_zero_is_no_passing(name, cell):
     assert_same(run(none, inputs_of()), forced)
 
 
+@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm", "leaky", "identity"])
+@pytest.mark.parametrize("residual_coef", [0.0, 0.5])
+def test_no_state_is_a_state_of_zeros_to_the_bit(cell, residual_coef):
+    router = routers_of(num_layers=1, cell=cell, residual_coef=residual_coef)[0]
+    (x,) = inputs_of(1)
+    zeros = router(x, RouterContext(state_TP=torch.zeros(T, router.state_size, dtype=F64)))
+    assert_same([router(x)], [zeros])
+    assert torch.equal(router(x).state_TP, zeros.state_TP)
+
+
 def test_all_positive_logits_are_the_dense_weighted_sum_of_all_experts():
     torch.manual_seed(0)
     router = {"name": "recurrent_relu", "state_size": P, "bias": True}
