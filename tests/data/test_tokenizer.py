@@ -66,6 +66,17 @@ def test_a_tokenizer_json_without_an_end_of_document_token_gets_a_new_id(json_fi
     assert tokenizer.name == "small/tokenizer.json"
 
 
+def test_a_tokenizer_json_that_cannot_encode_is_named_with_the_librarys_words(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "odd" / "tokenizer.json"
+    path.parent.mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(DataError, match=r"tokenizer odd/tokenizer.json cannot encode the text: .*Missing \[UNK\]"):
+        tokenizer.encode("b")
+
+
 def test_gpt2_from_its_two_files_equals_its_tokenizer_json(shared):
     pytest.importorskip("tokenizers")
     folder = shared / "tokenizers" / "gpt2"

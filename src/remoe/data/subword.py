@@ -33,11 +33,14 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> Ids:
         """See Tokenizer."""
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer; the library's own threads share the work."""
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001  the library raises plain Exception
+            raise DataError(f"tokenizer {self.name} cannot encode the text: {error}") from None
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
