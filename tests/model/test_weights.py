@@ -1,6 +1,8 @@
 """Facts about model files."""
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -185,3 +187,29 @@ def test_a_folder_that_cannot_be_written_is_named(build, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write the model to"):
         save_model(build(), tmp_path / "file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_files_get_the_mode_that_the_umask_gives(build, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(build(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "config.json": 0o640,
+        "model.safetensors": 0o640,
+    }
+
+
+def test_a_full_disk_leaves_no_empty_folder(build, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("remoe.model.weights.save_file", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_model(build(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_model(build(), tmp_path)
+    assert tmp_path.exists()

@@ -32,6 +32,7 @@ def save_model(model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5
     """
     folder = Path(folder)
     shards = _shards(model.state_dict(), max_shard_bytes)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file_name, tensors in shards.items():
@@ -42,6 +43,9 @@ def save_model(model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5
         _write_json(folder / _CONFIG, _described(model.config))
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def load_model(folder: Path) -> ReMoEForCausalLM:
@@ -123,7 +127,10 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     metadata = {"format": "pt", "sha256": _checksum(tensors)}  # the format itself has no checksum
     try:
         with _replacing(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask; save_file makes a file of its own that only its owner reads
             save_file(tensors, partial, metadata=metadata)
+            partial.chmod(mode)
     except SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
