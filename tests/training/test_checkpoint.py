@@ -163,6 +163,30 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path)] == [2, 4, 5]
 
 
+def test_a_checkpoint_that_is_pruned_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    original = checkpoint._read_json
+
+    def prune_first(path):
+        monkeypatch.undo()
+        write(tmp_path, 2)
+        checkpoint.prune(tmp_path, keep=1, best_step=None)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "_read_json", prune_first)
+    found, damaged = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.step, damaged) == (2, [])
+
+
+def test_a_checkpoint_that_is_gone_before_its_tensors_are_read_says_so(tmp_path):
+    found = checkpoint.read(write(tmp_path, 1))
+    write(tmp_path, 2)
+    checkpoint.prune(tmp_path, keep=1, best_step=None)
+    with pytest.raises(CheckpointError, match=r"step_00000001 was removed while it was read.*try again"):
+        found.load({"matrix": torch.zeros(2, 3)})
+
+
 def rewrite_schema(path: Path, schema: int) -> None:
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     manifest["schema"] = schema

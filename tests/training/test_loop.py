@@ -283,7 +283,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before_and_says_so(config, t
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_silently(config, tmp_path):
     run = train(config(train={"steps": 2}), root=tmp_path)
     (run.checkpoints / "step_00000002" / checkpoint.MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="can be used"):
+    with pytest.raises(CheckpointError, match=r"can be used.*; --overwrite begins the run anew$"):
         train(config(train={"steps": 2}), root=tmp_path, resume=True)
 
 

@@ -47,9 +47,15 @@ class Checkpoint(NamedTuple):
         """Fill these tensors in place from the checkpoint; it may hold more. CheckpointError where one does not fit."""
         import torch.distributed.checkpoint as dcp
 
+        if not self.path.is_dir():
+            raise _removed(self.path)
         try:
             with _single_process(), torch.no_grad():
                 dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
+        except (OSError, AssertionError) as error:  # torch asserts that it found something
+            if self.path.is_dir():
+                raise
+            raise _removed(self.path) from error
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {self.path} does not fit this model: {error}") from error
 
@@ -109,6 +115,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
         except NewerSchemaError:
             raise
         except CheckpointError as error:
+            if not path.exists():  # pruned by the run that is being trained: there is a newer one
+                return newest(folder)
             errors.append(error)
     if errors:
         raise CheckpointError(f"no checkpoint in {folder} can be used; {errors[0]}")
@@ -131,7 +139,9 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the one of `best_step`."""
     for path in paths(folder)[:-keep]:
         if step_of(path) != best_step:
-            shutil.rmtree(path)
+            partial = path.with_suffix(".tmp")
+            path.rename(partial)  # gone in one go: who looks never sees half of one
+            shutil.rmtree(partial)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -209,10 +219,18 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     where = f"checkpoint {path.parent} is damaged: {path.name}"
     if not path.is_file():
         raise CheckpointError(f"{where} is missing")
-    if path.stat().st_size != entry["bytes"]:
-        raise CheckpointError(f"{where} has {path.stat().st_size} bytes, not {entry['bytes']}")
-    if _file_digest(path) != entry["sha256"]:
+    try:
+        size, digest = path.stat().st_size, _file_digest(path)
+    except FileNotFoundError as error:
+        raise _removed(path.parent) from error
+    if size != entry["bytes"]:
+        raise CheckpointError(f"{where} has {size} bytes, not {entry['bytes']}")
+    if digest != entry["sha256"]:
         raise CheckpointError(f"{where} does not match its checksum")
+
+
+def _removed(path: Path) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} was removed while it was read; if its run is going on, try again")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from remoe.data import open_corpus
+from remoe.errors import CheckpointError
 from remoe.model import ReMoEForCausalLM
-from remoe.training import run
-from remoe.training.checkpoint import Checkpoint, newest
+from remoe.training import lock, run
+from remoe.training.checkpoint import Checkpoint, NewerSchemaError, newest
 from remoe.training.config import TrainConfig
 from remoe.training.progress import LogReporter, Reporter
 from remoe.training.resume import check_resume
@@ -35,12 +36,18 @@ def train(
     """Train the model that `config` describes in the folder `root`/`config.name`.
 
     `resume` goes on from the newest whole checkpoint (or starts, if there is none); `overwrite` begins an existing run
-    anew. Raises ConfigError, DataError or CheckpointError before anything is written; TrainingError for a run that
-    cannot go on; RunStoppedError after SIGINT or SIGTERM, once the step and a checkpoint are written.
+    anew. One process at a time trains in a folder. Raises ConfigError, DataError or CheckpointError before anything is
+    written; TrainingError for a run that cannot go on; RunStoppedError after SIGINT or SIGTERM, once the step and a
+    checkpoint are written.
     """
     path = Path(root) / config.name
-    reporter = reporter or LogReporter()
-    run.check_claim(path, resume, overwrite)
+    run.check_request(path, resume, overwrite)
+    with lock.hold(path):
+        run.check_claim(path, resume or overwrite)
+        return _train_in(path, config, resume, overwrite, reporter or LogReporter())
+
+
+def _train_in(path: Path, config: TrainConfig, resume: bool, overwrite: bool, reporter: Reporter) -> Run:
     check_sinks(config.train.sinks)
     device = pick_device(config.train.device)
     start = find_start(path, config, reporter) if resume else None
@@ -60,7 +67,12 @@ def train(
 
 def find_start(path: Path, config: TrainConfig, reporter: Reporter) -> Checkpoint | None:
     """The checkpoint that a resumed run goes on from; says which newer ones are damaged."""
-    start, damaged = newest(path / run.CHECKPOINTS)
+    try:
+        start, damaged = newest(path / run.CHECKPOINTS)
+    except NewerSchemaError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --overwrite begins the run anew") from error
     if start is None:
         return None
     for error in damaged:

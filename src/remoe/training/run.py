@@ -62,13 +62,18 @@ def is_run(path: Path) -> bool:
     return any((path / entry).exists() for entry in (CONFIG, METRICS, CHECKPOINTS))
 
 
-def check_claim(path: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ConfigError where a run may not write to this folder. Changes nothing."""
+def check_request(path: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError where no run can be at this path, or where the flags contradict each other."""
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or begin it anew")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file, must be a run's folder; choose another name")
-    if is_run(path) and not (resume or overwrite):
+    file = next((place for place in (path, *path.parents) if place.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"{file} is a file, must be a folder of runs or a run's own; choose another name")
+
+
+def check_claim(path: Path, may_exist: bool) -> None:
+    """Raise ConfigError where there is a run that was not asked for. Changes nothing."""
+    if is_run(path) and not may_exist:
         raise ConfigError(
             f"run {path} exists; --resume goes on with it, --overwrite begins it anew, or set another name"
         )
