@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
-from remoe.errors import ConfigError, nearest
+from remoe.errors import ConfigError, nearest, one_of
 
 Config = TypeVar("Config")
 
@@ -126,7 +126,7 @@ def check_range(key: str, value: float, low: float, high: float = float("inf"), 
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ConfigError unless the value is one of the allowed words; the message names the nearest."""
     if value not in allowed:
-        raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(allowed)}; {nearest(value, allowed)}")
+        raise ConfigError(f"{key} is {value!r}, {one_of(value, allowed)}")
 
 
 def _parse_scalar(override: str, text: str) -> Any:

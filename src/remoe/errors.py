@@ -1,7 +1,7 @@
 """What a user can get wrong, each with one message: what is wrong, what is allowed, how to fix it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class RemoeError(Exception):
@@ -41,8 +41,19 @@ class MissingExtraError(RemoeError, ImportError):
         super().__init__(f"{library} is not installed; it comes with: pip install 'remoe[{extra}]'")
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """A ready hint that ends an error message: the nearest allowed word if there is one, else all of them."""
+def nearest(word: str, allowed: Iterable[str], otherwise: str | None = None) -> str:
+    """A ready hint that ends an error message: the nearest allowed word if there is one, else all of them.
+
+    `otherwise` replaces the list of all, where that is long or was said before.
+    """
     names = sorted(allowed)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"allowed: {', '.join(names)}" if otherwise is None else otherwise
+
+
+def one_of(word: str, allowed: Sequence[str]) -> str:
+    """The end of an error message about a choice: all allowed words, then the nearest one if there is one."""
+    hint = nearest(word, allowed, otherwise="")
+    return f"must be one of {', '.join(allowed)}" + (f"; {hint}" if hint else "")

@@ -52,6 +52,7 @@ def test_dense_config_gets_experts_in_all_layers_for_a_router():
     [
         (["relu", "topq"], [0], "--routers names 'topq'.*did you mean 'topk'"),
         (["relu", "demo-densse"], [0], "did you mean 'demo-dense'"),
+        (["relu", "zzz"], [0], "must be dense, cosine, .*xmoe or a recipe; `remoe recipes` lists the recipes$"),
         (["relu", "relu"], [0], "--routers names relu twice"),
         (["relu"], [1, 1], "--seeds names 1 twice"),
         ([], [0], "--routers is empty"),

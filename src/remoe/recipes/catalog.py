@@ -80,8 +80,7 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def _nearest_recipe(name: str) -> str:
-    hint = nearest(name, names())
-    return hint if hint.startswith("did you mean") else "`remoe recipes` lists the ready ones"
+    return nearest(name, names(), otherwise="`remoe recipes` lists the ready ones")
 
 
 @functools.cache

@@ -79,10 +79,8 @@ def _routed_by(config: "TrainConfig", router: str) -> dict[str, Any]:
     if router == "dense":
         return {"moe_layers": "none", "intermediate_size": model.intermediate_size * model.top_k}
     if router not in ROUTERS:
-        allowed = ("dense", *ROUTERS, *names())
-        raise ConfigError(
-            f"--routers names {router!r}, must be a router, dense or a recipe; {nearest(router, allowed)}"
-        )
+        hint = nearest(router, ("dense", *ROUTERS, *names()), otherwise="`remoe recipes` lists the recipes")
+        raise ConfigError(f"--routers names {router!r}, must be dense, {', '.join(ROUTERS)} or a recipe; {hint}")
     own_options = model.moe.router_name == router
     return {
         "router": model.router if own_options else router,

@@ -8,7 +8,7 @@ from typing import Any, cast, get_type_hints
 from torch import nn
 
 from remoe.config import check_range, check_type
-from remoe.errors import ConfigError, nearest
+from remoe.errors import ConfigError, nearest, one_of
 
 ROUTERS = {
     "cosine": "remoe.moe.routers.cosine:CosineRouter",
@@ -31,7 +31,7 @@ ROUTERS = {
 def router_class(name: str) -> type[nn.Module]:
     """The class of a registered router; ConfigError names the nearest for an unknown one."""
     if name not in ROUTERS:
-        raise ConfigError(f"router is {name!r}, must be one of {', '.join(ROUTERS)}; {nearest(name, ROUTERS)}")
+        raise ConfigError(f"router is {name!r}, {one_of(name, list(ROUTERS))}")
     module, _, attribute = ROUTERS[name].partition(":")
     return cast(type[nn.Module], getattr(importlib.import_module(module), attribute))
 
