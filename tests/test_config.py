@@ -6,6 +6,7 @@ import pytest
 
 from remoe import ConfigError
 from remoe.config import apply_overrides, describe_keys, from_dict, load_config, to_dict, to_yaml
+from remoe.moe import MoEConfig
 from remoe.training.config import TrainConfig
 
 
@@ -47,14 +48,16 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"model": {"hiden_size": 3}}, "unknown key 'model.hiden_size'; did you mean 'hidden_size'?"),
         ({"modell": {}}, "unknown key 'modell'; did you mean 'model'?"),
         ({"model": {"hidden_size": "wide"}}, "model.hidden_size is 'wide': input should be a valid integer"),
-        ({"model": {"top_k": 9}}, "top_k is 9, must be between 1 and num_experts = 8"),
-        ({"model": {"granularity": 3}}, "granularity is 3, must divide intermediate_size = 512"),
+        ({"model": {"top_k": 9}}, "model.top_k is 9, must be between 1 and num_experts = 8"),
+        ({"model": {"granularity": 3}}, "model.granularity is 3, must divide intermediate_size = 512"),
         ({"model": {"num_heads": 3}}, "model.num_heads is 3, must divide model.hidden_size = 256"),
         ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads is 3, must divide model.num_heads = 4"),
         ({"model": {"moe_layers": [7]}}, "model.moe_layers names layer 7, must be between 0 and 3"),
         ({"train": {"micro_batch_size": 5}}, "train.micro_batch_size is 5, must divide train.batch_size = 16"),
         ({"sparsity": {"multiplier": 1.0}}, "sparsity.multiplier is 1.0, must be above 1"),
-        ({"optimizer": {"schedule": "cosin"}}, "did you mean 'cosine'"),
+        ({"model": {"router": "rellu"}}, "model.router is 'rellu', must be one of cosine, expert_choice, "),
+        ({"model": {"router": {"name": "relu", "epz": 1}}}, "model.router 'relu' has no option 'epz'"),
+        ({"optimizer": {"schedule": "cosin"}}, "cosine, linear, wsd, constant; did you mean 'cosine'?"),
         ({"data": {"train": 3}}, "data.train is 3: "),
         ({"model": 3}, "model is 3: "),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan, must be at least 0.0"),
@@ -67,6 +70,21 @@ def test_what_does_not_fit_gives_one_line_with_key_and_fix(values, message):
         from_dict(TrainConfig, values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"optimizer": {"schedule": "zzz"}}, {"model": {"router": "zzz"}}])
+def test_allowed_words_are_listed_once(values):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(TrainConfig, values)
+    message = str(caught.value)
+    assert "must be one of" in message
+    assert "allowed" not in message
+    assert message.count("cosine") == 1
+
+
+def test_a_lone_layers_settings_have_no_section():
+    with pytest.raises(ConfigError, match=r"^top_k is 9, must be between 1 and num_experts = 8"):
+        MoEConfig(top_k=9)
 
 
 @pytest.mark.parametrize(

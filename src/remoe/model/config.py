@@ -1,5 +1,6 @@
 """Settings of the native model: the `model:` section of a run's config."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -45,9 +46,7 @@ class ReMoEConfig:
         self._check_heads()
         self._check_block()
         self._check_layers()
-        moe = self.moe  # checks the experts' settings, in a dense model too
-        if self.num_moe_layers:
-            router_without_values(moe)
+        self._check_moe()
 
     def _check_heads(self) -> None:
         if self.head_size is None and self.hidden_size % self.num_heads:
@@ -75,6 +74,16 @@ class ReMoEConfig:
             raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}, must be null with model.block post_norm")
         if self.is_post_norm and self.tie_embeddings:
             raise ConfigError("model.tie_embeddings is true, must be false with model.block post_norm")
+
+    def _check_moe(self) -> None:
+        """What the layer checks itself, in a dense model too; its messages do not know this section's name."""
+        try:
+            moe = self.moe
+            if self.num_moe_layers:
+                router_without_values(moe)
+        except ConfigError as error:
+            is_own_key = str(error).startswith(tuple(field.name for field in fields(self)))
+            raise ConfigError(f"model.{error}" if is_own_key else str(error)) from None
 
     def _check_layers(self) -> None:
         if isinstance(self.moe_layers, str):
