@@ -40,7 +40,12 @@ def test_skipped_lines_are_told(remoe_prepare, rows, tmp_path):
     rows.write_text(rows.read_text() + "oops\n")
     options = ("--key", "body", "--workers", 1, "--on-bad-line", "skip")
     result = remoe_prepare(rows, "--tokenizer", "bytes", "--output", tmp_path / "out", *options)
-    assert "skipped 1 bad lines, listed in" in result.output
+    assert "skipped 1 bad line, listed in" in result.output
+
+
+def test_a_missing_file_is_not_taken_for_a_prefix(remoe_prepare, tmp_path):
+    result = remoe_prepare(tmp_path / "no.jsonl", "--tokenizer", "bytes", "--output", tmp_path / "out")
+    assert str(result.exception).endswith("no.jsonl does not exist, must be a text, jsonl or parquet file")
 
 
 def test_an_existing_output_is_refused_without_overwrite(remoe_prepare, rows, tmp_path):

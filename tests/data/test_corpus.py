@@ -202,7 +202,23 @@ def test_skipped_lines_are_counted(write_rows, data_config, caplog):
     path.write_text(path.read_text() + "oops\n")
     with caplog.at_level(logging.WARNING):
         open_corpus(data_config(train=str(path), on_bad_line="skip"))
-    assert "skipped 1 bad lines" in caplog.text
+        open_corpus(data_config(train=str(path), on_bad_line="skip"))
+    assert caplog.text.count("skipped 1 bad line, listed in") == 1
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters", "words"])
+def test_the_text_may_have_another_key(tokenizer, write_rows, data_config):
+    rows = write_rows("a.jsonl", TEXTS)
+    other = rows.with_name("b.jsonl")
+    other.write_text(rows.read_text().replace('"text":', '"content":'))
+    with pytest.raises(DataError, match=r"b\.jsonl:1: has no key 'text'.*--set data\.text_field=content \(train\)$"):
+        open_corpus(data_config(train=str(other), tokenizer=tokenizer))
+    corpus = open_corpus(data_config(train=str(other), tokenizer=tokenizer, text_field="content"))
+    assert (
+        corpus.tokenizer.fingerprint
+        == open_corpus(data_config(train=str(rows), tokenizer=tokenizer)).tokenizer.fingerprint
+    )
+    assert corpus.train.num_documents + corpus.validation.num_documents == len(TEXTS)
 
 
 def test_missing_text_is_one_message(data_config, tmp_path):

@@ -108,6 +108,53 @@ def test_a_named_domain_field_must_be_there(tmp_path):
     assert [document.domain for document in read(path, text_key="body", default_domain="none")] == ["none", "none"]
 
 
+def test_a_key_that_no_row_has_is_to_be_named_and_not_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "1", "content": "some words"}\n' * 3)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    fix = "name the key of the text: --key content (prepare), --set data.text_field=content (train)"
+    assert str(caught.value) == f"{path}:1: has no key 'text'; its keys are 'id', 'content'; {fix}"
+    with pytest.raises(
+        DataError, match=r"its keys are 'id', 'content'; name another key: .*data\.domain_field=KEY \(train\)$"
+    ):
+        read(path, text_key="content", domain_field="kind")
+
+
+def test_a_key_that_some_rows_lack_can_be_skipped_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "a"}\n{"text": "b"}\n')
+    with pytest.raises(
+        DataError, match=r"--key body .*; or skip such lines with --on-bad-line skip \(prepare\) or --set"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("a.csv", r'pandas\.read_csv\("a\.csv"\)'),
+        ("a.TSV.gz", r'sep="\\t"'),
+        ("a.pdf", "pdftotext a.pdf a.pdf.txt"),
+        ("a.html", "pandoc a.html"),
+        ("a.zip", "unzip a.zip"),
+    ],
+)
+def test_other_formats_are_refused_with_a_way_to_convert_them(name, fix, tmp_path):
+    (tmp_path / name).write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=f"must be plain text .*jsonl or parquet.*{fix}"):
+        read(tmp_path / name)
+
+
+def test_a_json_file_may_hold_one_object_a_line_and_no_list(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(JSONL)
+    assert len(read(path)) == len(ROWS)
+    path.write_text(json.dumps(ROWS, indent=1))
+    with pytest.raises(DataError, match=r"one object a line; convert it: jq -c '\.\[\]' a\.json > a\.jsonl"):
+        read(path)
+
+
 def test_broken_lines_of_a_text_file_are_named_or_left_out(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes(b"one\rone\ntwo \xe9\nthree\n")  # \r ends no line here, as in the count of lines

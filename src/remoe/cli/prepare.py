@@ -25,7 +25,7 @@ def prepare_command(
 
     Example: remoe prepare pile/*.jsonl.zst --tokenizer gpt2:tokenizers/gpt2 --output data/pile
     """
-    from remoe.data.prepare import PrepareConfig, prepare
+    from remoe.data.prepare import PrepareConfig, bad_lines, prepare
 
     config = PrepareConfig(
         key=key,
@@ -41,4 +41,4 @@ def prepare_command(
     for domain, tokens in manifest["tokens_per_domain"].items():
         print(f"  {tokens:12,}  {domain}")
     if manifest["skipped_lines"]:
-        print(f"skipped {manifest['skipped_lines']:,} bad lines, listed in {output}.skipped.txt")
+        print(f"skipped {bad_lines(manifest['skipped_lines'])}, listed in {output}.skipped.txt")

@@ -1,5 +1,6 @@
 """Text files tokenised once: the cache is keyed by a file's content and by all else that decides its tokens."""
 
+import functools
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from remoe.data.config import DataConfig
 from remoe.data.dataset import TokenDataset
 from remoe.data.files import beside, file_hash, text_hash
-from remoe.data.prepare import FORMAT, PrepareConfig, prepare
+from remoe.data.prepare import FORMAT, PrepareConfig, bad_lines, prepare
 from remoe.data.prepared import open_prefix, read_manifest
 from remoe.data.tokenizer import Tokenizer
 from remoe.errors import DataError
@@ -35,14 +36,22 @@ def open_text(path: Path, tokenizer: Tokenizer, config: DataConfig, default_doma
         dataset = open_prefix(prefix, tokenizer)
     skipped = read_manifest(prefix).get("skipped_lines", 0)
     if skipped:
-        logger.warning("%s: skipped %d bad lines, listed in %s", path, skipped, beside(prefix, ".skipped.txt"))
+        _tell_once(f"{path}: skipped {bad_lines(skipped)}, listed in {beside(prefix, '.skipped.txt')}")
     dataset.name = str(path)
     return dataset
 
 
+@functools.cache
+def _tell_once(message: str) -> None:
+    """A command may open the same text several times."""
+    logger.warning("%s", message)
+
+
 def cached_prefix(path: Path, tokenizer: Tokenizer, config: DataConfig, default_domain: str) -> Path:
     """Where the cache keeps a file's tokens, there or not."""
-    options = (str(config.domain_field), config.on_bad_line, default_domain)
+    options = [str(config.domain_field), config.on_bad_line, default_domain]
+    if config.text_field != "text":
+        options.append(config.text_field)
     key = text_hash(FORMAT, file_hash(path), "".join(path.suffixes[-2:]), tokenizer.fingerprint, *options)
     return config.cache / "tokens" / key[:24] / "data"
 
@@ -50,6 +59,7 @@ def cached_prefix(path: Path, tokenizer: Tokenizer, config: DataConfig, default_
 def _fill(prefix: Path, path: Path, tokenizer: Tokenizer, config: DataConfig, default_domain: str) -> None:
     """Tokenise into a folder of its own and rename it: several runs may want the same text at once."""
     options = PrepareConfig(
+        key=config.text_field,
         domain_field=config.domain_field,
         default_domain=default_domain,
         on_bad_line=config.on_bad_line,

@@ -23,6 +23,7 @@ class DataConfig:
     )
     sequence_length: int = setting(256, "tokens S a sequence")
     document_mask: bool = setting(False, "attention stays inside each packed document")
+    text_field: str = setting("text", "key of a jsonl or parquet row's text")
     domain_field: str | None = setting(None, "key of a jsonl row's domain, dotted; null: meta.pile_set_name if there")
     on_bad_line: str = setting("refuse", "refuse or skip a line that is not valid (skipped ones are counted)")
     cache: Path = setting(Path(".cache/remoe"), "folder for tokenised text files, keyed by their content")

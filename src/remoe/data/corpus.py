@@ -45,9 +45,7 @@ def open_validation(config: DataConfig) -> HeldOutText:
         return HeldOutText(corpus.validation, corpus.tokenizer)
     files = _locate("data.validation", config.validation, config)
     needs_training_text = config.tokenizer == "characters"
-    tokenizer = _open_tokenizer(
-        config.tokenizer, _locate("data.train", config.train, config) if needs_training_text else files
-    )
+    tokenizer = _open_tokenizer(config, _locate("data.train", config.train, config) if needs_training_text else files)
     datasets = _open_long_enough(files, tokenizer, config)
     return HeldOutText(_blend(datasets, [None] * len(datasets), _domains(datasets)), tokenizer)
 
@@ -63,7 +61,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     validation_files = [] if config.validation is None else _locate("data.validation", config.validation, config)
     _check_unweighted(validation_files)
     _check_different(train_files, validation_files)
-    tokenizer = _open_tokenizer(config.tokenizer, train_files)
+    tokenizer = _open_tokenizer(config, train_files)
     trains = _open_long_enough(train_files, tokenizer, config)
     validations = _open_long_enough(validation_files, tokenizer, config)
     if not validations:
@@ -104,7 +102,7 @@ def _locate_one(key: str, entry: str | dict[str, Any], config: DataConfig) -> _F
     if not path.is_file() and any(beside(path, ending).exists() for ending in (".idx", ".bin")):
         return _File(given, path, True, weight)
     try:
-        check_file(path)
+        check_file(path, or_prefix=True)
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return _File(given, path, False, weight)
@@ -151,11 +149,12 @@ def _is_same_text(one: Path, other: Path) -> bool:
     return one.stat().st_size == other.stat().st_size and file_hash(one) == file_hash(other)
 
 
-def _open_tokenizer(spec: str, files: Sequence[_File]) -> Tokenizer:
+def _open_tokenizer(config: DataConfig, files: Sequence[_File]) -> Tokenizer:
+    spec = config.tokenizer
     texts = [file.path for file in files if not file.is_prefix]
     if spec in ("characters", "words") and not texts and beside(files[0].path, ".tokenizer").is_dir():
         return load_saved_tokenizer(beside(files[0].path, ".tokenizer"))
-    return load_tokenizer(spec, texts)
+    return load_tokenizer(spec, texts, config.text_field)
 
 
 def _open_long_enough(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) -> list[TokenDataset]:

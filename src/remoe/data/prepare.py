@@ -56,14 +56,15 @@ def prepare(
 
     Returns the manifest. Raises DataError for an input that is missing, empty or not valid, or an output that exists.
     """
+    config = config or PrepareConfig()
     paths = [Path(path) for path in inputs]
     if not paths:
         raise DataError("there is no input, must be one file or more")
     for path in paths:
         check_file(path)
     if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer, paths)
-    job = _Job(paths, tokenizer, Path(output), config or PrepareConfig())
+        tokenizer = load_tokenizer(tokenizer, paths, config.key)
+    job = _Job(paths, tokenizer, Path(output), config)
     if job.was_finished():
         _remove_partial(job)
         return read_manifest(job.prefix)
@@ -75,6 +76,11 @@ def prepare(
     finally:
         job.drop_partial_if_useless()
     return read_manifest(job.prefix)
+
+
+def bad_lines(count: int) -> str:
+    """The number of skipped lines in words."""
+    return f"{count:,} bad line{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ def _run(job: _Job) -> None:
             writer.add(load_part(path))
             progress.update(position, writer.num_documents)
         if not writer.num_documents:
-            raise DataError(f"{', '.join(map(str, job.inputs))} holds no document with text in it")
+            skipped = f"; skipped {bad_lines(len(writer.skipped))}, as {writer.skipped[0]}" if writer.skipped else ""
+            raise DataError(f"{', '.join(map(str, job.inputs))} holds no document with text in it{skipped}")
         writer.write_sidecars([str(path) for path in job.inputs], job.config.append_eod)
     write_whole(job.mark, f"{job.settings} {file_hash(beside(joined, '.idx'))}\n".encode())
     move_dataset(joined, job.prefix)

@@ -34,7 +34,7 @@ class PreparedWriter:
         self._domains: dict[str, int] = {}
         self._domain_of_document: list[NDArray[np.int64]] = []
         self._tokens_of_domain: list[int] = []
-        self._skipped: list[str] = []
+        self.skipped: list[str] = []
         self._empty = 0
 
     def add(self, part: Part) -> None:
@@ -49,7 +49,7 @@ class PreparedWriter:
         for place in places:
             self._tokens_of_domain[place] += int(part.lengths[domains == place].sum())
         self._domain_of_document.append(domains)
-        self._skipped.extend(part.problems)
+        self.skipped.extend(part.problems)
         self._empty += part.empty
         self.num_documents += len(part.lengths)
 
@@ -59,8 +59,8 @@ class PreparedWriter:
         table = {"domains": list(self._domains), "domain_of_document": domains.tolist()}
         write_whole(beside(self._prefix, ".domains.json"), json.dumps(table, ensure_ascii=False).encode())
         write_whole(beside(self._prefix, ".manifest.json"), to_json(self._manifest(inputs, append_eod)))
-        if self._skipped:
-            write_whole(beside(self._prefix, ".skipped.txt"), ("\n".join(self._skipped) + "\n").encode())
+        if self.skipped:
+            write_whole(beside(self._prefix, ".skipped.txt"), ("\n".join(self.skipped) + "\n").encode())
         self._tokenizer.save(beside(self._prefix, ".tokenizer"))
 
     def _manifest(self, inputs: list[str], append_eod: bool) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class PreparedWriter:
             "tokens": sum(self._tokens_of_domain),
             "tokens_per_domain": dict(zip(self._domains, self._tokens_of_domain, strict=True)),
             "empty_texts": self._empty,
-            "skipped_lines": len(self._skipped),
+            "skipped_lines": len(self.skipped),
             "inputs": inputs,
         }
 

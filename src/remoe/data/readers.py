@@ -7,7 +7,8 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,15 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 DOCUMENT_BYTES = 65536  # a longer text file is cut at paragraph ends: shuffling and held-out parts need documents
 CHUNK_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
+OTHER_FORMATS = {  # how to make text of what is often mistaken for it
+    ".csv": 'pandas.read_csv("FILE").to_json("FILE.jsonl", orient="records", lines=True)',
+    ".tsv": 'pandas.read_csv("FILE", sep="\\t").to_json("FILE.jsonl", orient="records", lines=True)',
+    ".html": "pandoc FILE -t plain -o FILE.txt",
+    ".htm": "pandoc FILE -t plain -o FILE.txt",
+    ".pdf": "pdftotext FILE FILE.txt",
+    ".zip": "unzip FILE, and name what was in it",
+}
+SKIPPING = "skip such lines with --on-bad-line skip (prepare) or --set data.on_bad_line=skip (train)"
 
 
 @config_class
@@ -60,22 +70,59 @@ class Parsed(NamedTuple):
     empty: int
 
 
-def check_file(path: Path) -> None:
-    """Raise DataError unless there is a file with something in it."""
+class _BadRowError(ValueError):
+    """A row that gives no document, and what to set if all rows are like it."""
+
+    def __init__(self, reason: str, fix: str = "") -> None:
+        super().__init__(reason)
+        self.fix = fix
+
+
+class _Problem(NamedTuple):
+    line: int
+    reason: str
+    fix: str = ""
+
+
+def check_file(path: Path, or_prefix: bool = False) -> None:
+    """Raise DataError unless there is a file with something in it that is no other format.
+
+    `or_prefix`: the message for a missing file offers a prepared dataset's prefix too.
+    """
     if path.is_dir():
         raise DataError(f"{path} is a folder, must be a file; name its files one by one")
     if not path.exists():
-        raise DataError(
-            f"{path} does not exist, must be a text, jsonl or parquet file, or the prefix of a .bin/.idx pair"
-        )
+        prefix = ", or the prefix of a .bin/.idx pair" if or_prefix else ""
+        raise DataError(f"{path} does not exist, must be a text, jsonl or parquet file{prefix}")
     if not path.stat().st_size:
         raise DataError(f"{path} is empty, must hold some text")
+    ending = Path(_plain_name(path)).suffix
+    if ending in OTHER_FORMATS:
+        raise DataError(
+            f"{path} is a {ending} file, must be plain text (.txt, .py, ...), jsonl or parquet, or these as .gz, .xz "
+            f"or .zst; convert it: {OTHER_FORMATS[ending].replace('FILE', path.name)}"
+        )
 
 
 def read_documents(path: Path, config: ReadConfig) -> Iterator[Document]:
     """Every document of a file in order. Raises DataError for a missing or unreadable file, or a refused line."""
     for chunk in iter_chunks(path):
         yield from parse_chunk(chunk, config).documents
+
+
+def iter_texts(paths: Sequence[Path], text_key: str) -> Iterator[str]:
+    """The texts that a vocabulary is made of; bad lines are left out, and told when the file is tokenised.
+
+    Raises DataError for the first bad line where there is no other.
+    """
+    found = False
+    for path in paths:
+        for document in read_documents(path, ReadConfig(text_key=text_key, on_bad_line="skip")):
+            found = True
+            yield document.text
+    if not found:
+        for path in paths:
+            deque(read_documents(path, ReadConfig(text_key=text_key)), maxlen=0)
 
 
 def iter_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -93,20 +140,31 @@ def iter_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
 
 def parse_chunk(chunk: Chunk, config: ReadConfig) -> Parsed:
     """The documents of a chunk. With on_bad_line = refuse the first bad line raises DataError, with file and line."""
-    parsed = Parsed([], [], 0)
+    parsed, problems = Parsed([], [], 0), list[_Problem]()
     empty, line = 0, chunk.first_line
     for record in chunk.records:
-        documents, problems = _parse_text(record, line, config) if chunk.is_text else _parse_row(record, line, config)
+        documents, bad = _parse_text(record, line, config) if chunk.is_text else _parse_row(record, line, config)
         line += record.count(b"\n")
         empty += sum(not document.text for document in documents)
         parsed.documents.extend(document for document in documents if document.text)
-        parsed.problems.extend(f"{chunk.path}:{number}: {reason}" for number, reason in problems)
-        if parsed.problems and config.on_bad_line == "refuse":
-            raise DataError(f"{parsed.problems[0]}; mend the line, or skip such lines with on_bad_line = skip")
+        parsed.problems.extend(f"{chunk.path}:{problem.line}: {problem.reason}" for problem in bad)
+        problems.extend(bad)
+    if problems and config.on_bad_line == "refuse":
+        some_are_good = bool(parsed.documents or empty)
+        raise DataError(f"{parsed.problems[0]}; {_advice(problems[0], chunk.path, some_are_good)}")
     return parsed._replace(empty=empty)
 
 
-Findings = tuple[list[Document], list[tuple[int, str]]]
+def _advice(problem: _Problem, path: Path, some_are_good: bool) -> str:
+    """How to go on; skipping is no way where nothing would be left."""
+    if problem.fix:
+        return f"{problem.fix}; or {SKIPPING}" if some_are_good else problem.fix
+    if not some_are_good and _plain_name(path).endswith(".json"):
+        return f"a .json file must hold one object a line; convert it: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+    return f"mend the line, or {SKIPPING}"
+
+
+Findings = tuple[list[Document], list[_Problem]]
 
 
 def _parse_text(record: bytes, line: int, config: ReadConfig) -> Findings:
@@ -117,12 +175,12 @@ def _parse_text(record: bytes, line: int, config: ReadConfig) -> Findings:
 
 
 def _parse_broken_text(record: bytes, line: int, config: ReadConfig) -> Findings:
-    good, problems = [], []
+    good, problems = [], list[_Problem]()
     for number, raw in enumerate(io.BytesIO(record), line):
         try:
             good.append(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
-            problems.append((number, _not_utf8(error)))
+            problems.append(_Problem(number, _not_utf8(error)))
     return [Document("".join(good), config.default_domain)], problems
 
 
@@ -132,26 +190,25 @@ def _parse_row(record: bytes, line: int, config: ReadConfig) -> Findings:
     try:
         return [_document(json.loads(record.decode("utf-8")), config)], []
     except UnicodeDecodeError as error:
-        return [], [(line, _not_utf8(error))]
+        return [], [_Problem(line, _not_utf8(error))]
     except json.JSONDecodeError as error:
-        return [], [(line, f"not valid JSON ({error.msg} at column {error.colno})")]
+        return [], [_Problem(line, f"not valid JSON ({error.msg} at column {error.colno})")]
     except RecursionError:
-        return [], [(line, "JSON is nested too deep")]
-    except ValueError as error:
-        return [], [(line, str(error))]
+        return [], [_Problem(line, "JSON is nested too deep")]
+    except _BadRowError as error:
+        return [], [_Problem(line, str(error), error.fix)]
 
 
 def _document(row: Any, config: ReadConfig) -> Document:
     if not isinstance(row, dict):
-        raise ValueError(f"holds a JSON {_json_type(row)}, must be an object with the key {config.text_key!r}")
+        raise _BadRowError(f"holds a JSON {_json_type(row)}, must be an object with the key {config.text_key!r}")
     if config.text_key not in row:
-        keys = ", ".join(map(repr, list(row)[:8]))
-        raise ValueError(f"has no key {config.text_key!r}; its keys are {keys or 'none'}")
+        raise _BadRowError(f"has no key {config.text_key!r}; its keys are {_keys(row)}", _text_fix(row))
     text = row[config.text_key]
     if not isinstance(text, str):
-        raise ValueError(f"key {config.text_key!r} holds a JSON {_json_type(text)}, must be a string")
+        raise _BadRowError(f"key {config.text_key!r} holds a JSON {_json_type(text)}, must be a string")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError(f"key {config.text_key!r} holds half a surrogate pair, which is no Unicode text")
+        raise _BadRowError(f"key {config.text_key!r} holds half a surrogate pair, which is no Unicode text")
     return Document(text, _domain(row, config))
 
 
@@ -162,8 +219,22 @@ def _domain(row: dict[str, Any], config: ReadConfig) -> str:
     if isinstance(value, str) and value:
         return value
     if config.domain_field:
-        raise ValueError(f"has no domain in {config.domain_field!r}, must hold a string")
+        reason = f"has no domain in {config.domain_field!r}, must hold a string; its keys are {_keys(row)}"
+        raise _BadRowError(
+            reason, "name another key: --domain-field KEY (prepare), --set data.domain_field=KEY (train)"
+        )
     return config.default_domain
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(map(repr, list(row)[:8])) or "none"
+
+
+def _text_fix(row: dict[str, Any]) -> str:
+    """The key with the longest text is likely the one that is meant."""
+    texts = {key: len(value) for key, value in row.items() if isinstance(value, str)}
+    key = max(texts, key=texts.__getitem__, default="KEY")
+    return f"name the key of the text: --key {key} (prepare), --set data.text_field={key} (train)"
 
 
 def _json_type(value: Any) -> str:
@@ -175,10 +246,16 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start} of the line)"
 
 
-def _kind(path: Path) -> str:
+def _plain_name(path: Path) -> str:
+    """A file's name in lower case, without the ending of a compression."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
+    return name
+
+
+def _kind(path: Path) -> str:
+    name = _plain_name(path)
     if name.endswith(".parquet"):
         return "parquet"
     return "rows" if name.endswith((".jsonl", ".ndjson", ".json")) else "text"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe.data.files import to_json, write_whole
-from remoe.data.readers import ReadConfig, read_documents
+from remoe.data.readers import iter_texts
 from remoe.errors import DataError
 
 CARD = "remoe_tokenizer.json"
@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None) -> Tokenizer:
+def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None, text_key: str = "text") -> Tokenizer:
     """The tokenizer that a setting names.
 
     `bytes`; `characters` or `words` (need training_files, whose characters or words are the vocabulary); `gpt2:FOLDER`
@@ -77,9 +77,9 @@ def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None) -> T
     if spec == "bytes":
         return BytesTokenizer()
     if spec == "characters":
-        return _characters_of(training_files)
+        return _characters_of(training_files, text_key)
     if spec == "words":
-        return words_of(training_files)
+        return words_of(training_files, text_key)
     if spec.startswith("gpt2:"):
         return subword.load_gpt2(Path(spec.removeprefix("gpt2:")))
     path = Path(spec)
@@ -218,16 +218,15 @@ class CharacterTokenizer:
         write_card(self, folder, "characters", characters=self.characters)
 
 
-def _characters_of(training_files: Sequence[Path] | None) -> CharacterTokenizer:
+def _characters_of(training_files: Sequence[Path] | None, text_key: str) -> CharacterTokenizer:
     if not training_files:
         raise DataError(
             "tokenizer 'characters' takes its vocabulary from training text, and there is none; "
             "for a prepared dataset name the folder PREFIX.tokenizer"
         )
     found: set[str] = set()
-    for path in training_files:
-        for document in read_documents(path, ReadConfig(on_bad_line="skip")):
-            found.update(document.text)
+    for text in iter_texts(training_files, text_key):
+        found.update(text)
     if not found:
         raise DataError(f"{training_files[0]} holds no text, so tokenizer 'characters' would have no vocabulary")
     return CharacterTokenizer("".join(found))

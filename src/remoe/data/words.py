@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remoe.data.readers import ReadConfig, read_documents
+from remoe.data.readers import iter_texts
 from remoe.data.tokenizer import EOD_TEXT, Ids, printable, write_card
 from remoe.errors import DataError
 
@@ -58,7 +58,7 @@ class WordTokenizer:
         write_card(self, folder, "words", words=self.words)
 
 
-def words_of(training_files: Sequence[Path] | None) -> WordTokenizer:
+def words_of(training_files: Sequence[Path] | None, text_key: str = "text") -> WordTokenizer:
     """The tokenizer of all words in the training text, the most frequent first."""
     if not training_files:
         raise DataError(
@@ -66,9 +66,8 @@ def words_of(training_files: Sequence[Path] | None) -> WordTokenizer:
             "for a prepared dataset name the folder PREFIX.tokenizer"
         )
     counts: Counter[str] = Counter()
-    for path in training_files:
-        for document in read_documents(path, ReadConfig(on_bad_line="skip")):
-            counts.update(document.text.split())
+    for text in iter_texts(training_files, text_key):
+        counts.update(text.split())
     if not counts:
         raise DataError(f"{training_files[0]} holds no words, so tokenizer 'words' would have no vocabulary")
     return WordTokenizer(sorted(counts, key=lambda word: (-counts[word], word)))
