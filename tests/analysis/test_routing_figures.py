@@ -55,6 +55,13 @@ def test_shares_are_within_a_domain_and_domains_without_text_are_left_out(small)
     assert last.share_DE.tolist() == [[0.5, 0.0], [1.0, 1.0]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_shares_of_experts_that_are_never_active_are_drawn(small):
+    pytest.importorskip("matplotlib")
+    counts = dataclasses.replace(COUNTS, load_LDE=np.zeros_like(COUNTS.load_LDE))
+    assert len(domain_share.draw(domain_share.numbers([dataclasses.replace(small[0], counts=counts)]))) == 2
+
+
 @pytest.mark.parametrize(("layers", "chosen"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (12, [0, 6, 11])])
 def test_first_middle_and_last_layer_are_chosen_once_each(layers, chosen):
     assert domain_share.chosen_layers(layers) == chosen

@@ -98,7 +98,7 @@ def _paint(share: DomainShare, top: float) -> Any:
             else:
                 axes.plot(share_E, ".", color=series_colour(index), markersize=5, alpha=0.8)
         axes.axhline(share.uniform, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        axes.set_ylim(0, 1.05 * top)
+        axes.set_ylim(0, 1.05 * max(top, share.uniform))  # where no expert is active, top is 0
         axes.set_xlabel("expert")
         axes.set_ylabel("share of tokens")
         whole_ticks(axes.xaxis, num_experts)
