@@ -33,6 +33,7 @@ def plan_command(config: Config, overrides: Overrides = None, as_json: AsJson = 
     values = dataclasses.asdict(plan(_model(run), workload))
     values["tokens"] = run.train.steps * run.train.batch_size * run.data.sequence_length
     values["training_flops"] = values["tokens"] * values["flops_per_token"]
+    values["workload"] = dataclasses.asdict(workload)
     print(json.dumps(values, indent=1) if as_json else _text(values))
 
 
@@ -56,4 +57,13 @@ def _text(values: dict[str, Any]) -> str:
         ("tokens", f"{values['tokens']:,}"),
         ("FLOPs of the run", f"{values['training_flops']:.3e}"),
     ]
-    return table(("what", "amount"), [*rows, *memory])
+    return f"{table(('what', 'amount'), [*rows, *memory])}\n{_assumptions(values['workload'])}"
+
+
+def _assumptions(workload: dict[str, Any]) -> str:
+    checkpointing = "with" if workload["activation_checkpointing"] else "without"
+    return (
+        f"memory: for micro-batches of {workload['micro_batch_size']} x {workload['sequence_length']} tokens in "
+        f"{workload['precision']}, {checkpointing} activation checkpointing\n"
+        "at start: in the first steps, when ReLU routing has half of all gates open; other routers start as they go on"
+    )
