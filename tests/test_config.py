@@ -46,6 +46,8 @@ def test_every_key_has_a_default_and_a_line_of_help():
     ("values", "message"),
     [
         ({"model": {"hiden_size": 3}}, "unknown key 'model.hiden_size'; did you mean 'hidden_size'?"),
+        ({"steps": 5}, "unknown key 'steps'; did you mean 'train.steps'?"),
+        ({"model": {"lr": 1}}, "unknown key 'model.lr'; did you mean 'optimizer.lr'?"),
         ({"modell": {}}, "unknown key 'modell'; did you mean 'model'?"),
         ({"model": {"hidden_size": "wide"}}, "model.hidden_size is 'wide': input should be a valid integer"),
         ({"model": {"top_k": 9}}, "model.top_k is 9, must be between 1 and num_experts = 8"),

@@ -155,8 +155,14 @@ def _explain(cls: type, error: Any) -> str:
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = [field.name for field in dataclasses.fields(sections[-1])]
-        return f"unknown key {key!r}; {nearest(path[-1], allowed)}"
+        return f"unknown key {key!r}; {_of_another_section(cls, path[-1]) or nearest(path[-1], allowed)}"
     return _misfit(key, error)
+
+
+def _of_another_section(cls: type, name: str) -> str:
+    """A hint for a key whose section was forgotten or is another one."""
+    found = [repr(key) for key, _, _ in describe_keys(cls) if key.rpartition(".")[2] == name]
+    return f"did you mean {' or '.join(found)}?" if found else ""
 
 
 def _misfit(key: str, error: Any) -> str:
