@@ -35,8 +35,11 @@ def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
         )
         for row in rows
     ]
+    windows = (
+        "\nlosses: on validation text at the end; experts, balance and tokens/s: over the last quarter of the steps"
+    )
     note = "" if num_seeds > 1 else "\none seed: no interval; --seeds 0,1,2 gives one"
-    return table(header, lines) + note
+    return table(header, lines) + windows + note
 
 
 def _balance(row: "Row") -> str:

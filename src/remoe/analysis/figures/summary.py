@@ -52,8 +52,9 @@ def figure(runs: Sequence[RunRecord]) -> Figure:
         key="summary",
         title="The run" if len(runs) == 1 else "The runs",
         says=(
-            "Validation loss in nats per token (the best in bold), how many experts a token used, speed on the machine "
-            "that trained, and size."
+            "Validation loss in nats per token (the best in bold); how many experts a token of the validation text "
+            "used at the end (without a checkpoint: one of the last training step); sparsity and speed over the last "
+            "quarter of the steps, on the machine that trained; and size."
         ),
         source="ReMoE, Tables 2 and 7",
         charts=tuple(draw(summaries)),
@@ -91,9 +92,9 @@ def _main_table(summaries: Sequence[RunSummary]) -> Table:
         "run",
         "router",
         "validation loss",
-        "experts per token",
+        "experts per token (at the end)",
         "sparsity (last quarter)",
-        "tokens per second",
+        "tokens per second (last quarter)",
         "tokens",
         "steps",
         "parameters",
