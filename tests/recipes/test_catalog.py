@@ -104,6 +104,7 @@ def test_overrides_win_over_the_recipe():
         ("qqq", "`remoe recipes` lists"),
         ("absent.yaml", "absent.yaml does not exist"),
         ("some/folder/absent", "absent does not exist"),
+        ("my/corpus.jsonl", "is data, not a config; try: remoe train demo-relu --set data.train=my/corpus.jsonl"),
     ],
 )
 def test_config_that_is_nothing_says_what_was_looked_for(source, hint):

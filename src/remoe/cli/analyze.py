@@ -5,9 +5,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from remoe.cli.options import existing
+
 
 def analyze_command(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="run folders; the first is the main one")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="runs or comparisons; the first is the main one")],
     to: Annotated[Path | None, Option("--to", metavar="FILE", help="the report; by default the first run's")] = None,
 ) -> None:
     """Look at what routers do.
@@ -16,4 +18,15 @@ def analyze_command(
     """
     from remoe.analysis import write_report
 
-    print(f"report: {write_report(runs, to or runs[0] / 'report.html')}")
+    found = [run for path in runs for run in _runs_at(existing(path))]
+    print(f"report: {write_report(found, to or runs[0] / 'report.html')}")
+
+
+def _runs_at(path: Path) -> list[Path]:
+    """The runs of a comparison in its order, else the path itself."""
+    import json
+
+    record = path / "comparison.json"
+    if not record.is_file():
+        return [path]
+    return [path / name.rpartition("/")[2] for name in json.loads(record.read_text(encoding="utf-8"))["runs"]]

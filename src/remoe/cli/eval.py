@@ -29,11 +29,15 @@ def eval_command(
     import json
     import sys
 
+    from remoe.errors import DataError
     from remoe.eval import evaluate_checkpoint
 
     text = None if data is None else _held_out(path, data, sequence_length)
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
-        result = evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
+            result = evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
+    except DataError as error:
+        raise DataError(str(error).replace("data.validation", "--data")) if data else error from None
     print(json.dumps(result.to_dict(), indent=1) if as_json else _text(result))
 
 

@@ -58,8 +58,16 @@ def _explain(error: Any) -> str:
     message = error.format_message().rstrip(".")
     if message.startswith("No such command"):
         name = message.split("'")[1]
-        return f"there is no command {name!r}; {nearest(name, error.ctx.command.commands)}"
+        return f"there is no command {name!r}; {_instead_of(name, error.ctx)}"
     return message[:1].lower() + message[1:]
+
+
+def _instead_of(name: str, context: Any) -> str:
+    from remoe.recipes import names
+
+    if context.info_name == "recipes" and name in names():
+        return f"try: {context.command_path} show {name}"
+    return nearest(name, context.command.commands)
 
 
 def _say(message: str, code: int) -> int:

@@ -5,16 +5,30 @@ from typing import Annotated
 
 import typer
 
+from remoe.errors import ConfigError
+
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a recipe (`remoe recipes` lists them)")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.steps=100; repeatable"),
 ]
 Root = Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of the runs")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, one of its checkpoints, or an export")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 RUNS = Path("runs")
+
+
+def existing(path: Path) -> Path:
+    """The path itself; ConfigError names the folder of a run that was given without `runs/`."""
+    if not path.exists() and (RUNS / path).exists():
+        raise ConfigError(f"{path} does not exist; did you mean {RUNS / path}?")
+    return path
+
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="a run's folder, one of its checkpoints, or an export", callback=existing),
+]
 
 
 def words(text: str) -> list[str]:

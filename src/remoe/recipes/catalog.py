@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from remoe.training.config import TrainConfig
 
 
+DATA_ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet", ".gz", ".xz", ".zst", ".bin", ".idx", ".csv", ".tsv")
+
+
 def names() -> list[str]:
     """Every recipe, in the order of the tables."""
     return [name for name in _entries() if not name.startswith("_")]
@@ -51,8 +54,10 @@ def read_values(source: str) -> dict[str, Any]:
     path = Path(source)
     if source in names():
         return load(source)
-    if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
+    if path.suffix not in DATA_ENDINGS and (path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) != 1):
         return read_yaml(path)
+    if path.suffix in DATA_ENDINGS or path.with_name(f"{path.name}.idx").exists():
+        raise ConfigError(f"{source} is data, not a config; try: remoe train demo-relu --set data.train={source}")
     raise ConfigError(f"config {source!r} is neither a YAML file nor a recipe; {_nearest_recipe(source)}")
 
 
