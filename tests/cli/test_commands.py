@@ -8,6 +8,7 @@ import pytest
 import remoe as package
 from remoe.cli.table import number, table
 from remoe.config import describe_keys
+from remoe.training import Run, lock
 from remoe.training.config import TrainConfig
 
 
@@ -55,10 +56,26 @@ def test_runs_lists_what_is_there_and_its_state(remoe, run_folder, tmp_path):
     (tmp_path / "runs" / "odd" / "metrics.jsonl").touch()
     shutil.copytree(run_folder, tmp_path / "runs" / "damaged")
     (tmp_path / "runs" / "damaged" / "metrics.jsonl").write_text("no JSON\n")
-    lines = {line.split()[0]: line.split() for line in remoe("runs").out.splitlines()}
+    shutil.copytree(run_folder, tmp_path / "runs" / "empty")
+    (tmp_path / "runs" / "empty" / "config.yaml").write_text("")
+    shutil.copytree(run_folder, tmp_path / "runs" / "bare")
+    shutil.rmtree(tmp_path / "runs" / "bare" / "checkpoints")
+    shutil.copytree(run_folder, tmp_path / "runs" / "live")
+    with lock.hold(tmp_path / "runs" / "live"):
+        lines = {line.split()[0]: line.split() for line in remoe("runs").out.splitlines()}
     assert lines["group/done"][1:3] == ["finished", "4/4"]
     assert lines["cut"][1] == "interrupted"
-    assert lines["odd"][1] == lines["damaged"][1] == "unreadable"
+    assert lines["odd"][1] == lines["damaged"][1] == lines["empty"][1] == "unreadable"
+    assert lines["bare"][1:4] == ["no", "checkpoint", "4/4"]
+    assert lines["live"][1:3] == ["running", "4/4"]
+
+
+def test_runs_reads_the_metrics_of_a_run_once(remoe, run_folder, tmp_path, monkeypatch):
+    shutil.copytree(run_folder, tmp_path / "runs" / "done")
+    original, read = Run.metrics, []
+    monkeypatch.setattr(Run, "metrics", lambda run: read.append(run.path.name) or original(run))
+    assert "finished" in remoe("runs").out
+    assert read == ["done"]
 
 
 def test_runs_of_an_empty_folder_says_how_to_make_some(remoe):

@@ -11,11 +11,11 @@ import time
 import pytest
 
 import remoe
-from remoe.errors import CheckpointError, TrainingError
+from remoe.errors import CheckpointError, ConfigError, TrainingError
 from remoe.recipes.comparison import compare
 from remoe.recipes.plan import Plan
 from remoe.recipes.results import differences, is_finished, late_mean, median_speed
-from remoe.training import Run
+from remoe.training import Run, lock
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_finished_runs_are_not_trained_again_and_interrupted_ones_go_on(plan, sa
     halfway = result.runs[-1]
     lines = (halfway / "metrics.jsonl").read_text()
     _forget_the_end(halfway)
-    assert not is_finished(Run.open(halfway))
+    assert not is_finished(Run.open(halfway), 3)
     again = compare(plan, root=tmp_path, say=said.append)
     assert again.rows[0].valid_loss == result.rows[0].valid_loss
     assert again.rows[1].valid_loss == result.rows[1].valid_loss
@@ -97,6 +97,38 @@ def test_finished_run_with_other_settings_is_refused_and_kept(plan, tmp_path):
     with pytest.raises(CheckpointError, match=r"optimizer\.lr = 0\.001, not 0\.5.*--overwrite"):
         compare(other, root=tmp_path, say=lambda _: None)
     assert (result.runs[0] / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routers": ["relu"]}, "--routers names relu alone, must name at least two to compare; train one with"),
+        ({"overrides": ["model.router=topk"]}, r"--set model.router=topk is at odds with the routers .*relu, dense"),
+        ({"overrides": ["model.router.name=topk"]}, r"--set model.router.name=topk is at odds"),
+    ],
+)
+def test_comparison_of_nothing_is_refused_before_anything_is_written(plan, tmp_path, changes, message):
+    changed = dataclasses.replace(plan, config=str(tmp_path / "own.yaml"), **changes)
+    (tmp_path / "own.yaml").write_text("model: {router: {name: relu}}\ntrain: {device: cpu}\n")
+    with pytest.raises(ConfigError, match=message):
+        compare(changed, root=tmp_path / "runs", say=lambda _: None)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_comparison_inside_a_run_is_refused_and_the_run_left_alone(plan, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml").write_text("name: c\n")
+    with pytest.raises(ConfigError, match=r"c is a run; choose another name"):
+        compare(plan, root=tmp_path, say=lambda _: None)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("devices", [[], ["cpu"]])
+def test_comparison_whose_run_is_being_trained_starts_nothing(plan, tmp_path, devices):
+    with lock.hold(tmp_path / "c" / "dense-seed1"):
+        with pytest.raises(ConfigError, match=r"dense-seed1 is being trained by process \d+; wait for it"):
+            compare(plan, root=tmp_path, devices=devices, overwrite=True, say=lambda _: None)
+        assert [path.name for path in (tmp_path / "c").iterdir()] == ["dense-seed1"]
 
 
 def test_trained_models_share_initial_values_and_see_the_same_tokens(tiny_overrides, tmp_path):
@@ -131,8 +163,8 @@ def test_run_that_fails_in_its_process_is_named_with_its_log(plan, tmp_path):
 
 def test_late_mean_is_over_the_last_quarter_of_the_steps(tmp_path):
     run = _run_with_metrics(tmp_path, [{"step": step, "tokens": step, "sparsity": step / 10} for step in range(1, 9)])
-    assert late_mean(run, "sparsity") == pytest.approx((0.7 + 0.8) / 2)
-    assert late_mean(run, "absent") is None
+    assert late_mean(run.metrics(), "sparsity") == pytest.approx((0.7 + 0.8) / 2)
+    assert late_mean(run.metrics(), "absent") is None
 
 
 def test_speed_is_the_median_of_the_late_steps(tmp_path):
@@ -140,7 +172,7 @@ def test_speed_is_the_median_of_the_late_steps(tmp_path):
     run = _run_with_metrics(
         tmp_path, [{"step": i + 1, "tokens": 0, "tokens_per_second": speed} for i, speed in enumerate(speeds)]
     )
-    assert median_speed(run) == 20
+    assert median_speed(run.metrics()) == 20
 
 
 def test_differences_are_dotted_keys_with_both_values():

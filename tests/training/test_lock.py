@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -12,22 +13,22 @@ from remoe.training import Run, lock, train
 from remoe.training.step import Stepper
 
 
-def hold_until(path, is_held, may_leave):
+def hold_and_wait(path, is_held):
     with lock.hold(path):
         is_held.set()
-        may_leave.wait(60)
+        time.sleep(600)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that trains in `tmp_path`/small, as far as the lock can tell."""
     context = multiprocessing.get_context("spawn")
-    is_held, may_leave = context.Event(), context.Event()
-    process = context.Process(target=hold_until, args=(tmp_path / "small", is_held, may_leave))
+    is_held = context.Event()
+    process = context.Process(target=hold_and_wait, args=(tmp_path / "small", is_held))
     process.start()
     assert is_held.wait(60)
     yield process
-    may_leave.set()
+    process.kill()
     process.join()
 
 

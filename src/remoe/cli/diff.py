@@ -12,7 +12,8 @@ def diff_command(first: RunPath, second: RunPath) -> None:
 
     runs = Run.open(first), Run.open(second)
     settings = differences(to_dict(runs[0].config), to_dict(runs[1].config))
-    results = [(key, *(_shown(outcome(run)[key]) for run in runs)) for key in outcome(runs[0])]
+    outcomes = [outcome(run) for run in runs]
+    results = [(key, *(_shown(result[key]) for result in outcomes)) for key in outcomes[0]]
     rows = [(key, str(before), str(after)) for key, (before, after) in settings.items()]
     print(table(("key", str(first), str(second)), [*rows, *results]))
 

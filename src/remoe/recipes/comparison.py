@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remoe.config import to_dict
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, ConfigError
 from remoe.recipes.budget import at_equal_flops, training_flops
 from remoe.recipes.intervals import Interval, interval
 from remoe.recipes.pairing import Pairing, check_pairing
 from remoe.recipes.plan import Plan, Trial, differing_settings, trials
 from remoe.recipes.results import differences, is_finished, late_mean, median_speed
 from remoe.recipes.workers import run_in_processes
-from remoe.training.metrics import finite
+from remoe.training import lock
+from remoe.training.metrics import Metrics, finite, last_value
 
 if TYPE_CHECKING:
     from remoe.training import Run
@@ -59,6 +61,7 @@ def compare(
     Writes comparison.json beside the runs.
     """
     planned = trials(plan)
+    _check(plan, root)
     todo = _unfinished(planned, root, overwrite)
     pairing = check_pairing(planned, _prepare_data(planned[0].config))
     say(str(pairing))
@@ -70,6 +73,24 @@ def compare(
         _train(_unfinished(longer, root, overwrite), len(longer), _Place(root, devices, overwrite, say))
         planned = matched
     return _finish(plan, planned, pairing, root)
+
+
+def _check(plan: Plan, root: Path) -> None:
+    """Raise ConfigError where the plan compares nothing, or has no place."""
+    from remoe.training.run import is_run
+
+    if len(plan.routers) < 2:
+        raise ConfigError(
+            f"--routers names {plan.routers[0]} alone, must name at least two to compare; train one with `remoe train`"
+        )
+    for override in plan.overrides:
+        if override.partition("=")[0].strip() in ("model.router", "model.router.name"):
+            raise ConfigError(
+                f"--set {override} is at odds with the routers that are compared ({', '.join(plan.routers)}): name it "
+                "among them; options of a router belong in the config file, or in a recipe named among them"
+            )
+    if is_run(root / plan.name):
+        raise ConfigError(f"{root / plan.name} is a run; choose another name for the comparison")
 
 
 class _Place(NamedTuple):
@@ -88,41 +109,41 @@ def _unfinished(planned: Sequence[Trial], root: Path, overwrite: bool) -> list[T
 def _train(todo: Sequence[Trial], num_planned: int, place: _Place) -> None:
     if len(todo) < num_planned:
         place.say(f"{num_planned - len(todo)} of {num_planned} runs are finished and stay")
+    for trial in todo:
+        lock.check_free(place.root / trial.config.name)
     if place.devices:
         run_in_processes(todo, place.devices, place.root, overwrite=place.overwrite, say=place.say)
     else:
         _train_here(todo, place.root, overwrite=place.overwrite)
 
 
-def summarise(planned: Sequence[Trial], root: Path) -> list[Row]:
-    """One row a router, from the finished runs' metrics."""
-    from remoe.training import Run
-
-    by_router: dict[str, list[Run]] = {}
-    for trial in planned:
-        by_router.setdefault(trial.router, []).append(Run.open(root / trial.config.name))
+def _rows(outcomes: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row a router, from the results of its runs."""
+    by_router: dict[str, list[dict[str, Any]]] = {}
+    for outcome in outcomes:
+        by_router.setdefault(outcome["router"], []).append(outcome)
     first = next(iter(by_router.values()))
-    return [_row(router, runs, first) for router, runs in by_router.items()]
+    return [_row(own, first) for own in by_router.values()]
 
 
-def _row(router: str, runs: Sequence["Run"], first: Sequence["Run"]) -> Row:
-    losses = [run.valid_loss for run in runs]
-    paired = [loss - other.valid_loss for loss, other in zip(losses, first, strict=True)]
+def _row(own: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> Row:
+    losses = [run["valid_loss"] for run in own]
+    paired = [loss - other["valid_loss"] for loss, other in zip(losses, first, strict=True)]
     return Row(
-        router=router,
+        router=own[0]["router"],
         valid_loss=interval(losses),
-        difference=None if runs is first else interval(paired),
-        active_experts=_mean(late_mean(run, "active_experts") for run in runs),
-        load_balancing=_mean(_balance(run) for run in runs),
-        load_balancing_coef=_mean(late_mean(run, "load_balancing_coef") for run in runs),
-        training_flops=statistics.fmean(training_flops(run) for run in runs),
-        tokens_per_second=_mean(median_speed(run) for run in runs),
+        difference=None if own is first else interval(paired),
+        active_experts=_mean(run["active_experts"] for run in own),
+        load_balancing=_mean(run["load_balancing"] for run in own),
+        load_balancing_coef=_mean(run["load_balancing_coef"] for run in own),
+        training_flops=statistics.fmean(run["training_flops"] for run in own),
+        tokens_per_second=_mean(run["tokens_per_second"] for run in own),
     )
 
 
-def _balance(run: "Run") -> float | None:
+def _balance(run: "Run", rows: Sequence[Metrics]) -> float | None:
     """The balance term of a late step, a layer."""
-    value = late_mean(run, "load_balancing")
+    value = late_mean(rows, "load_balancing")
     return None if value is None else value / run.config.model.num_moe_layers
 
 
@@ -141,7 +162,7 @@ def _is_done(trial: Trial, root: Path) -> bool:
     if not (path / "config.yaml").exists():
         return False
     run = Run.open(path)
-    if not is_finished(run):
+    if not is_finished(run, run.step):
         return False
     changed = _settings_that_matter(run.config, trial.config)
     if changed:
@@ -176,7 +197,8 @@ def _train_here(todo: Sequence[Trial], root: Path, *, overwrite: bool) -> None:
 
 
 def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) -> Comparison:
-    rows = summarise(planned, root)
+    outcomes = {trial.config.name: _outcome(trial, root) for trial in planned}
+    rows = _rows(outcomes.values())
     result = Comparison(
         path=root / plan.name, runs=[root / trial.config.name for trial in planned], pairing=pairing, rows=rows
     )
@@ -187,7 +209,7 @@ def _finish(plan: Plan, planned: Sequence[Trial], pairing: Pairing, root: Path) 
         "equal": plan.equal,
         "pairing": pairing._asdict(),
         "differs": differing_settings(planned),
-        "runs": {trial.config.name: _outcome(trial, root) for trial in planned},
+        "runs": outcomes,
         "rows": [row._asdict() | {"valid_loss": row.valid_loss._asdict(), "difference": _plain(row)} for row in rows],
     }
     (result.path / "comparison.json").write_text(json.dumps(finite(values), indent=1) + "\n", encoding="utf-8")
@@ -198,18 +220,19 @@ def _outcome(trial: Trial, root: Path) -> dict[str, Any]:
     from remoe.training import Run
 
     run = Run.open(root / trial.config.name)
+    rows = run.metrics()
     return {
         "router": trial.router,
         "seed": trial.seed,
-        "valid_loss": run.valid_loss,
-        "steps": run.step,
-        "active_experts": late_mean(run, "active_experts"),
-        "valid_active_experts": run.metrics()[-1].get("valid_active_experts"),
-        "load_balancing": _balance(run),
-        "load_balancing_coef": late_mean(run, "load_balancing_coef"),
+        "valid_loss": last_value(rows, "valid_loss", math.nan),
+        "steps": rows[-1]["step"],
+        "active_experts": late_mean(rows, "active_experts"),
+        "valid_active_experts": rows[-1].get("valid_active_experts"),
+        "load_balancing": _balance(run, rows),
+        "load_balancing_coef": late_mean(rows, "load_balancing_coef"),
         "training_flops": training_flops(run),
-        "tokens_per_second": median_speed(run),
-        "tokens": run.tokens,
+        "tokens_per_second": median_speed(rows),
+        "tokens": rows[-1]["tokens"],
     }
 
 

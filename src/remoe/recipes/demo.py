@@ -33,7 +33,7 @@ def demo(overrides: Sequence[str] = (), *, root: Path = Path("runs"), overwrite:
     plan = Plan(name="demo", config="demo-relu", routers=ROUTERS, overrides=overrides)
     comparison = compare(plan, root=root, overwrite=overwrite)
     relu = Run.open(comparison.runs[0])
-    sparsity = late_mean(relu, "sparsity")
+    sparsity = late_mean(relu.metrics(), "sparsity")
     assert sparsity is not None, f"{relu.path} has no sparsity in its metrics"
     model = relu.config.model
     return Demo(

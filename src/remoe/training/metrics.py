@@ -55,6 +55,11 @@ def late_values(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
     return [row[key] for row in rows if row["step"] > start and row.get(key) is not None]
 
 
+def last_value(rows: Sequence[Mapping[str, Any]], key: str, default: Any) -> Any:
+    """What was last measured of one metric; the default where nothing was."""
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), default)
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a half-written last one; the file is replaced in one go."""
     if not path.exists():

@@ -4,10 +4,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from remoe.config import load_config, to_yaml
+from remoe.config import from_dict, read_yaml, to_yaml
 from remoe.errors import CheckpointError, ConfigError
 from remoe.training.config import TrainConfig
-from remoe.training.metrics import Metrics, read_metrics
+from remoe.training.metrics import Metrics, last_value, read_metrics
 
 CONFIG, METRICS, TOKENIZER, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tokenizer", "checkpoints"
 REPORT = ("report.html", "analysis.json", "report")
@@ -23,33 +23,35 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """Look at an existing run; CheckpointError where the folder is none."""
+        """Look at an existing run; CheckpointError where the folder is none or its config is empty."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path} is not a run: it has no {CONFIG}; `remoe runs` lists those there are")
-        return cls(path, load_config(TrainConfig, path / CONFIG))
+        values = read_yaml(path / CONFIG)
+        if not values:
+            raise CheckpointError(
+                f"{path / CONFIG} is empty, must be the run's config; --overwrite begins the run anew"
+            )
+        return cls(path, from_dict(TrainConfig, values))
 
     def metrics(self) -> list[Metrics]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl, read anew each time: for several numbers of a run, ask once."""
         return read_metrics(self.path / METRICS)
 
     @property
     def valid_loss(self) -> float:
         """The last measured validation loss in nats; NaN where none was measured yet."""
-        measured = [line["valid_loss"] for line in self.metrics() if line.get("valid_loss") is not None]
-        return measured[-1] if measured else float("nan")
+        return last_value(self.metrics(), "valid_loss", float("nan"))
 
     @property
     def step(self) -> int:
         """The last logged step."""
-        lines = self.metrics()
-        return lines[-1]["step"] if lines else 0
+        return last_value(self.metrics(), "step", 0)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on, up to the last logged step."""
-        lines = self.metrics()
-        return lines[-1]["tokens"] if lines else 0
+        return last_value(self.metrics(), "tokens", 0)
 
     @property
     def checkpoints(self) -> Path:
