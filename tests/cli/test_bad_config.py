@@ -26,7 +26,6 @@ MISTAKES = {
     "layers": ("model.moe_layers=some", "model.moe_layers is 'some', must be all, none, or a list"),
     "schedule": ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
     "lr order": ("optimizer.min_lr=1", "optimizer.min_lr is 1.0, must be between 0.0 and"),
-    "warm-up longer than the run": ("optimizer.warmup_steps=5", "warmup_steps is 5, must be at most train.steps = 4"),
     "decay rate": ("optimizer.beta2=1", "optimizer.beta2 is 1.0, must be at least 0 and below 1"),
     "epsilon": ("optimizer.eps=0", "optimizer.eps is 0.0, must be above 0"),
     "seed": ("seed=99999999999999999999", "seed is 99999999999999999999, must be between 0 and"),

@@ -29,7 +29,7 @@ def run(tmp_path_factory, text) -> Run:
     values = {
         "model": model | {"num_experts": 4, "init_std": 0.1},
         "data": {"train": str(text), "sequence_length": 16, "cache": str(text.parent / "cache")},
-        "optimizer": {"lr": 0.01, "warmup_steps": 2},
+        "optimizer": {"lr": 0.01},
         "train": {"steps": 4, "batch_size": 4, "validation_batches": 2, "device": "cpu"},
     }
     return train(from_dict(TrainConfig, values), root=tmp_path_factory.mktemp("runs"))

@@ -21,8 +21,7 @@ EXPERT, ROUTER = 3 * 16 * 24, 4 * 16
 
 def write_run(folder, active_experts, **model):
     """A run of 8 steps of 32 tokens."""
-    values = {"name": folder.name, "model": MODEL | model, "data": {"sequence_length": 8}}
-    values |= {"optimizer": {"warmup_steps": 2}, "train": {"steps": 8}}
+    values = {"name": folder.name, "model": MODEL | model, "data": {"sequence_length": 8}, "train": {"steps": 8}}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(from_dict(TrainConfig, values)))
     lines = [

@@ -360,9 +360,8 @@ def test_a_dense_model_and_a_document_mask_train_and_resume(config, tmp_path, nu
 
 
 def test_paired_runs_share_batches_and_initial_values(config, tmp_path):
-    short = {"train": {"steps": 1}, "optimizer": {"warmup_steps": 1}}
-    relu = train(config("relu", **short), root=tmp_path)
-    dense = train(config("dense", model={"moe_layers": "none"}, **short), root=tmp_path)
+    relu = train(config("relu", train={"steps": 1}), root=tmp_path)
+    dense = train(config("dense", model={"moe_layers": "none"}, train={"steps": 1}), root=tmp_path)
     assert relu.metrics()[0]["lm_loss"] == pytest.approx(dense.metrics()[0]["lm_loss"], abs=0.2)
 
 

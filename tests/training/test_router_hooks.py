@@ -68,8 +68,7 @@ def test_the_evaluation_that_the_config_asks_for_is_the_one_called_valid_loss(co
 
 def test_thresholds_see_every_micro_batch_and_no_recomputation_twice(config, tmp_path):
     def thresholds(name, **loop):
-        once = config(name, model=MODEL | EXPERT_CHOICE, train={"steps": 1, **loop}, optimizer={"warmup_steps": 1})
-        run = train(once, root=tmp_path)
+        run = train(config(name, model=MODEL | EXPERT_CHOICE, train={"steps": 1, **loop}), root=tmp_path)
         return [router.thresholds for router in routers_of(run)]
 
     plain = thresholds("plain", micro_batch_size=2)

@@ -149,9 +149,3 @@ class TrainConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", self.name):
             raise ConfigError(f"name is {self.name!r}, must be letters, digits, '.', '_' and '-' (parts joined by '/')")
-        warmup_steps, steps = self.optimizer.warmup_steps, self.train.steps
-        if warmup_steps > steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps is {warmup_steps}, must be at most train.steps = {steps}: the peak learning "
-                f"rate would never be reached; set optimizer.warmup_steps={steps // 10} or raise train.steps"
-            )
