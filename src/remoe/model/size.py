@@ -103,15 +103,17 @@ def _counted_router_flops(config: ReMoEConfig, num_tokens: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     moe = config.moe
-    context = RouterContext(
-        token_ids_T=torch.zeros(num_tokens, dtype=torch.int64),
-        sequence_start_T=torch.arange(num_tokens) == 0,
-        layer_index=0,
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build_router(moe.router_name, moe.hidden_size, moe.routed_experts, moe.routed_top_k, **moe.router_options)(
-            torch.zeros(num_tokens, moe.hidden_size), context
+    options = moe.router_options
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        router: Any = build_router(moe.router_name, moe.hidden_size, moe.routed_experts, moe.routed_top_k, **options)
+        context = RouterContext(
+            state_TP=torch.zeros(num_tokens, router.state_size) if router.state_size else None,
+            token_ids_T=torch.zeros(num_tokens, dtype=torch.int64),
+            sequence_start_T=torch.arange(num_tokens) == 0,
+            layer_index=0,
         )
+        with FlopCounterMode(display=False) as counter:
+            router(torch.zeros(num_tokens, moe.hidden_size), context)
     return counter.get_total_flops()
 
 
