@@ -1,7 +1,8 @@
 """One training step of the demo's model with each router on the CPU, in steady state, beside Top-K's.
 
 All models step in turn in one process, on the same batches, so that the ratios hold when the machine's speed drifts.
-Each takes some steps first, ReLU ones from a larger coefficient, until their sparsity is near the target. Example:
+Each takes some steps first on the demo's text, ReLU ones from a larger coefficient, until their sparsity is near the
+target; the table shows how many experts a token then used. Example:
 
     python benchmarks/routers_cpu.py --output results/routers_cpu.json
 """
@@ -16,7 +17,7 @@ import torch
 
 import machine
 from remoe.config import from_dict
-from remoe.data import Batch
+from remoe.data import Sampler, open_corpus
 from remoe.model import ReMoEForCausalLM
 from remoe.moe.routers import ROUTERS
 from remoe.recipes import load
@@ -37,20 +38,15 @@ def stepper_of(router: str) -> Stepper:
     return Stepper(config, ReMoEForCausalLM(config.model), torch.device("cpu"))
 
 
-def batch_of(stepper: Stepper, generator: torch.Generator) -> Batch:
-    """Random bytes with the statistics of nothing, so that no router profits from text."""
-    shape = (stepper.config.train.batch_size, stepper.config.data.sequence_length)
-    tokens = torch.randint(VOCABULARY - 1, shape, generator=generator)
-    return Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.zeros_like(tokens))
-
-
 def measure(steppers: dict[str, Stepper], warm_up: int, repeats: int) -> tuple[dict, dict]:
     """Milliseconds of each counted step, and active experts per token over them, by router."""
     times: dict[str, list[float]] = {name: [] for name in steppers}
     active: dict[str, list[float]] = {name: [] for name in steppers}
-    generator = torch.Generator().manual_seed(0)
+    config = next(iter(steppers.values())).config
+    text = open_corpus(config.data).train
+    sampler = Sampler(text, config.data.sequence_length, config.train.batch_size, config.seed)
     for step in range(1, warm_up + repeats + 1):
-        batch = batch_of(next(iter(steppers.values())), generator)
+        batch = sampler.batch(step - 1)
         for name, stepper in steppers.items():
             start = time.perf_counter()
             values = stepper.run(batch, step)
