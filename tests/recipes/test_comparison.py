@@ -202,7 +202,7 @@ def test_interrupting_the_comparison_interrupts_its_runs_which_save_and_go_on(ti
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         paths = [tmp_path / "c" / f"{router}-seed0" for router in ("relu", "topk")]
-        _wait_until(lambda: all((path / "metrics.jsonl").exists() for path in paths), process)
+        _wait_until(lambda: all(_has_stepped(path) for path in paths), process)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -211,6 +211,10 @@ def test_interrupting_the_comparison_interrupts_its_runs_which_save_and_go_on(ti
         run = Run.open(path)
         assert 0 < run.step < 5000
         assert (run.checkpoints / f"step_{run.step:08d}").is_dir()
+
+
+def _has_stepped(run):
+    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
 
 
 def _wait_until(is_true, process):
