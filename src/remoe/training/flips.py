@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.moe.stats import flip_rate
+from remoe.training.step import autocast
 from remoe.training.validation import evaluating, token_mask
 
 CALIBRATION_SEQUENCES = 4
@@ -20,7 +20,7 @@ class FlipMeter:
         batch = Batch(*(values[:CALIBRATION_SEQUENCES] for values in batch))
         mask_BS = token_mask(batch)
         self.model = model
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = autocast(precision, device)
         self.tokens_BS = batch.tokens_BS.to(device)
         self.mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
         self.document_BS = batch.document_BS.to(device) if document_mask else None

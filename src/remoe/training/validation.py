@@ -14,6 +14,7 @@ from remoe.data.sampler import NO_LABEL
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
 from remoe.moe.routing import Routing, count_tokens
+from remoe.training.step import autocast, to_device
 
 
 @contextmanager
@@ -48,11 +49,10 @@ def evaluate(
         for batch in batches:
             mask_BS = token_mask(batch)
             mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
-            batch = Batch(*(values.to(device) for values in batch))
+            batch = to_device(batch, device)
             document_BS = batch.document_BS if document_mask else None
             for way, total in totals.items():
-                autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-                with autocast, evaluated_as(model, way):
+                with autocast(precision, device), evaluated_as(model, way):
                     output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
                 total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
     others = {way: total.result(domains) for way, total in totals.items() if way is not None}
