@@ -20,6 +20,7 @@ def compare_command(
     parallel: Annotated[int, typer.Option(help="runs at a time, each a process of its own", min=1)] = 1,
     devices: Annotated[str, typer.Option(help="spread runs over these devices, e.g. cuda:0,cuda:1")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="train finished runs anew")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="write report.html at the end")] = True,
     root: Root = RUNS,
 ) -> None:
     """Compare routers over seeds, paired.
@@ -37,7 +38,8 @@ def compare_command(
     slots = words(devices) * parallel if devices else ["auto"] * parallel if parallel > 1 else []
     result = compare(plan, root=root, devices=slots, overwrite=overwrite)
     print(as_table(result.rows, len(plan.seeds)))
-    print(report_on(result.runs, result.path / "report.html"))
+    if report:
+        print(report_on(result.runs, result.path / "report.html"))
 
 
 def _numbers(text: str) -> list[int]:
