@@ -20,9 +20,9 @@ class Spent(NamedTuple):
     flops: float
 
 
-def training_flops(run: "Run") -> float:
-    """Forward and backward FLOPs of all steps, with the experts that were active in each (as logged) and routers."""
-    return _curve(run)[-1].flops
+def training_flops(run: "Run", step: int | None = None) -> float:
+    """Forward and backward FLOPs up to a step (None: all), with the experts active in each (as logged) and routers."""
+    return [point for point in _curve(run) if step is None or point.step <= step][-1].flops
 
 
 def steps_within(run: "Run", budget: float) -> int:
