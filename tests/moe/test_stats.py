@@ -48,3 +48,26 @@ def test_worked_flip_rate():
     after = maps([[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]])
     assert stats.flip_rate(before, after).item() == pytest.approx(0.2916666666666667, abs=1e-7)
     assert stats.flip_rate(before[:1], after[:1]).item() == pytest.approx(0.25, abs=1e-7)
+    assert stats.flip_rate(before[1:], after[1:]).item() == pytest.approx(1 / 3, abs=1e-7)
+    assert 4 * stats.flip_rate(before, after).item() == pytest.approx(1.1666666666666667, abs=1e-6)
+
+
+def test_worked_sparsity_of_two_layers_is_that_of_all_their_pairs():
+    # TV3: .5625 and .4375
+    layers = [router_with(W)(inputs) for inputs in (X, 0.5 * X[:, [1, 2, 0]])]
+    assert [1 - stats.density(routing).item() for routing in layers] == [0.5625, 0.4375]
+    active, total = (
+        sum(count(routing).item() for routing in layers) for count in (stats.active_pairs, stats.total_pairs)
+    )
+    assert 1 - active / total == 0.5
+
+
+def test_gate_statistics_at_their_ends():
+    flat, sharp = torch.zeros(1, 16), torch.tensor([[100.0] + [0.0] * 15])
+    both = torch.zeros(1, 16, dtype=torch.bool).index_fill(1, torch.tensor([0, 1]), True)
+    of_flat, of_sharp = (Routing(both.float(), both, logits) for logits in (flat, sharp))
+    assert stats.gate_entropy(of_flat).item() == pytest.approx(math.log(16), abs=1e-12)
+    assert stats.outer_balance(of_flat).item() == pytest.approx(0.125, abs=1e-12)
+    assert stats.inner_balance(of_flat).item() == 1
+    assert stats.gate_entropy(of_sharp).item() == pytest.approx(0, abs=1e-12)
+    assert stats.outer_balance(of_sharp).item() == pytest.approx(1, abs=1e-12)

@@ -48,6 +48,28 @@ def load_entropy(routing: Routing) -> Tensor:
     return -torch.xlogy(share_E, share_E).sum()
 
 
+def gate_entropy(routing: Routing) -> Tensor:
+    """Entropy of each token's softmax over all experts in nats: float64 [T] (RMoE Fig. 4)."""
+    log_probs_TE = _log_probs(routing)
+    return -(log_probs_TE.exp() * log_probs_TE).sum(dim=1)
+
+
+def inner_balance(routing: Routing) -> Tensor:
+    """IB: each token's largest softmax probability over its second largest: float64 [T], from 1 on (RMoE table 8)."""
+    first_two_T2 = _log_probs(routing).topk(2, dim=1).values
+    return (first_two_T2[:, 0] - first_two_T2[:, 1]).exp()
+
+
+def outer_balance(routing: Routing) -> Tensor:
+    """OB: the softmax probability that each token gives to its active experts: float64 [T], up to 1 (RMoE table 8)."""
+    return _log_probs(routing).exp().masked_fill(~routing.routing_map_TE, 0).sum(dim=1)
+
+
+def _log_probs(routing: Routing) -> Tensor:
+    assert routing.logits_TE is not None, "this statistic needs a router with logits"
+    return routing.logits_TE.double().log_softmax(dim=1)
+
+
 def flip_rate(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Share of (layer, token, expert) switches that changed between two sets of routing maps (ReMoE Fig. 10).
 
