@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from remoe import SparsityController, build_router
 from remoe.errors import ConfigError
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 from remoe.model.placement import place_tokens
@@ -70,6 +71,13 @@ def test_totals_over_granularity(granularity, experts, top_k, width, total):
     assert (config.moe.routed_experts, config.moe.routed_top_k, config.moe.expert_size) == (experts, top_k, width)
     assert parameter_count(config).total == total
     assert flops_per_token(config, 1024) == flops_per_token(paper(), 1024)
+
+
+def test_granularity_of_eight_has_the_worked_router_and_target():
+    config = paper(granularity=8)
+    assert build_router("relu", 768, config.moe.routed_experts, config.moe.routed_top_k).weight.numel() == 49_152
+    controller = SparsityController(config.moe.routed_top_k, config.moe.routed_experts)
+    assert controller.target_sparsity == 0.875
 
 
 def test_dense_of_eight_times_the_width_has_the_published_size():

@@ -16,14 +16,18 @@ def router_with(weight, name="relu", top_k=1, **options) -> Router:
     return router
 
 
-def test_relu_router_gives_the_worked_gates_and_map():
-    routing = router_with(W)(X)
+BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+
+
+@BOTH
+def test_relu_router_gives_the_worked_gates_and_map(dtype, tolerance):
+    routing = router_with(W.to(dtype))(X.to(dtype))
     expected = torch.tensor(
         [[-0.4, -0.6, 1, -0.05], [-0.1, 1.05, 0.45, -0.375], [-0.3, 0.65, -0.65, -0.25], [1.4, 0.85, -0.7, 0.325]],
-        dtype=torch.float64,
+        dtype=dtype,
     )
-    torch.testing.assert_close(routing.logits_TE, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(routing.weights_TE, expected.relu(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(routing.logits_TE, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(routing.weights_TE, expected.relu(), rtol=0, atol=tolerance)
     assert routing.routing_map_TE.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1]]
 
 
@@ -33,7 +37,8 @@ def test_relu_router_leaves_experts_at_or_below_zero_inactive():
     assert routing.routing_map_TE.tolist() == [[True, False, False]]
 
 
-def test_topk_router_keeps_the_worked_probabilities_of_its_picks():
+@BOTH
+def test_topk_router_keeps_the_worked_probabilities_of_its_picks(dtype, tolerance):
     probs = torch.tensor(
         [
             [0.137117816731, 0.112262573352, 0.55604016586, 0.194579444057],
@@ -41,14 +46,14 @@ def test_topk_router_keeps_the_worked_probabilities_of_its_picks():
             [0.187207411942, 0.484064013354, 0.131922833503, 0.196805741202],
             [0.490026972541, 0.282720968889, 0.060006952805, 0.167245105765],
         ],
-        dtype=torch.float64,
+        dtype=dtype,
     )
-    one = router_with(W, "topk")(X)
+    one = router_with(W.to(dtype), "topk")(X.to(dtype))
     assert one.routing_map_TE.int().argmax(1).tolist() == [2, 1, 1, 0]
-    torch.testing.assert_close(one.weights_TE, probs * one.routing_map_TE, rtol=0, atol=1e-11)
-    two = router_with(W, "topk", top_k=2)(X)
+    torch.testing.assert_close(one.weights_TE, probs * one.routing_map_TE, rtol=0, atol=tolerance)
+    two = router_with(W.to(dtype), "topk", top_k=2)(X.to(dtype))
     assert two.routing_map_TE.sum(0).tolist() == [1, 3, 2, 2]
-    torch.testing.assert_close(two.weights_TE, probs * two.routing_map_TE, rtol=0, atol=1e-11)
+    torch.testing.assert_close(two.weights_TE, probs * two.routing_map_TE, rtol=0, atol=tolerance)
 
 
 def test_renormalised_topk_gates_sum_to_one():

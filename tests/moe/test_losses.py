@@ -16,16 +16,25 @@ def weight_gradient(loss, router):
     return gradient
 
 
-def test_worked_values_of_plain_and_load_balanced_l1():
-    routing = relu_routing(X)
-    assert losses.sparsity_l1(routing, 1, load_balanced=False).item() == pytest.approx(1.43125, abs=1e-12)
-    assert losses.sparsity_l1(routing, 1).item() == pytest.approx(3.06875, abs=1e-12)
+BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 
 
-def test_worked_gradients_of_l1_reach_the_router_and_its_input():
+@BOTH
+def test_worked_values_of_plain_and_load_balanced_l1(dtype, tolerance):
+    routing = relu_routing(X.to(dtype), W.to(dtype))
+    assert losses.sparsity_l1(routing, 1, load_balanced=False).item() == pytest.approx(1.43125, abs=tolerance)
+    assert losses.sparsity_l1(routing, 1).item() == pytest.approx(3.06875, abs=tolerance)
+    squared = (losses.expert_loads(routing) * 4).square() / 4  # f^2 in place of f, as the loads that give it
+    assert losses.sparsity_l1(routing, 1, loads_E=squared).item() == pytest.approx(7.61875, abs=tolerance)
+
+
+def test_worked_gradients_of_l1_reach_the_logits_the_router_and_its_input():
     router, x = router_with(W), X.clone().requires_grad_()
-    loss = 0.01 * losses.sparsity_l1(router(x), 1)
-    d_weight, d_x = torch.autograd.grad(loss, (router.weight, x))
+    routing = router(x)
+    loss = 0.01 * losses.sparsity_l1(routing, 1)
+    d_weight, d_x, d_logits = torch.autograd.grad(loss, (router.weight, x, routing.logits_TE))
+    expected = [[0, 0, 0.005, 0], [0, 0.0075, 0.005, 0], [0, 0.0075, 0, 0], [0.0025, 0.0075, 0, 0.0025]]
+    torch.testing.assert_close(d_logits, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
     expected = [[0, -0.00125, 0.005], [-0.00375, 0.01875, 0.02625], [0.0075, 0.01, 0], [0, -0.00125, 0.005]]
     torch.testing.assert_close(d_weight, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
     expected = [
@@ -44,6 +53,9 @@ def test_worked_gradient_of_plain_l1():
 
 def test_two_layers_give_the_worked_mean_and_sum():
     first, second = relu_routing(X), relu_routing(0.5 * X[:, [1, 2, 0]])
+    expected = [[0.5, 0.1, 0, 0.175], [0.15, 0.175, 0.725, 0], [0, 0, 0.55, 0], [0, 0.325, 0.025, 0]]
+    torch.testing.assert_close(second.weights_TE, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert second.routing_map_TE.sum(0).tolist() == [2, 3, 3, 1]
     terms = [losses.sparsity_l1(routing, 1).item() for routing in (first, second)]
     assert terms[1] == pytest.approx(1.79375, abs=1e-12)
     assert sum(terms) / 2 == pytest.approx(2.43125, abs=1e-12)

@@ -35,6 +35,35 @@ def test_hundred_raises_give_the_worked_coefficient():
     assert controller.log_coef.exp().item() == pytest.approx(0.8281797452201425, rel=1e-12)
 
 
+@pytest.mark.parametrize(("sparsity", "expected"), [(0.3, 1.2e-8), (0.5, 1e-8), (0.7, 8.333333333333334e-9)])
+def test_two_of_four_experts_steer_to_half(sparsity, expected):
+    # RMoE §9.8
+    controller = SparsityController(2, 4)
+    follow(controller, [sparsity])
+    assert controller.log_coef.exp().item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_logarithm_moves_by_the_worked_step_and_exceeds_1e4_at_the_152nd_raise():
+    controller = SparsityController(1, 8, max_coef=1e6)
+    assert controller.log_coef.item() == pytest.approx(-18.420680743952367, abs=1e-12)
+    follow(controller, [0.0])
+    assert controller.log_coef.item() == pytest.approx(-18.420680743952367 + 0.182321556793955, abs=1e-12)
+    follow(controller, [0.0] * 150)
+    assert controller.coef.item() < 1e4
+    assert follow(controller, [0.0])[0] > 1e4
+
+
+@pytest.mark.parametrize("drops", [378, 460, 588])
+def test_drops_that_end_in_subnormal_numbers_in_the_released_code_stop_at_the_bound_and_turn_at_once(drops):
+    controller = SparsityController(1, 8)
+    assert follow(controller, [1.0] * drops)[-1] == pytest.approx(1e-16, rel=1e-6)
+    assert follow(controller, [0.0])[-1] == pytest.approx(1.2e-16, rel=1e-6)
+
+
+def test_588_raises_that_overflow_in_the_released_code_stop_at_the_bound():
+    assert follow(SparsityController(1, 8), [0.0] * 588)[-1] == pytest.approx(1e4, rel=1e-6)
+
+
 def test_a_coefficient_at_a_bound_leaves_it_at_once():
     controller = SparsityController(1, 8, init=50.0, max_coef=1e2)
     expected = [60, 72, 86.4, 100, 100, 100, 83.3333333333, 69.4444444444]

@@ -28,6 +28,17 @@ def test_worked_selections_and_loss(dtype, atol):
     assert losses.load_balancing(routing, 2).item() == pytest.approx(1.5900903552413712, abs=atol)
 
 
+def test_other_codes_conventions_are_this_loss_times_or_over_k():
+    """RMoE's large code is k times ours (shares of tokens, not of picks), its small base a k-th (P over T k)."""
+    routing = routing_of(A)
+    probs_E, counts_E = A.softmax(-1).mean(0), routing.routing_map_TE.double().sum(0)
+    large_code, small_code = 4 * (counts_E / 4 * probs_E).sum(), 4 * (counts_E / 8 * probs_E / 2).sum()
+    assert large_code.item() == pytest.approx(3.1801807104827424, abs=1e-9)
+    assert small_code.item() == pytest.approx(0.7950451776206856, abs=1e-9)
+    ours = losses.load_balancing(routing, 2).item()
+    assert (2 * ours, ours / 2) == pytest.approx((large_code.item(), small_code.item()), abs=1e-12)
+
+
 def test_pooling_layers_would_hide_the_imbalance_that_the_loss_a_layer_shows():
     per_layer = [losses.load_balancing(routing_of(logits), 2).item() for logits in (A, B)]
     assert per_layer == pytest.approx([1.5900903552413712] * 2, abs=1e-9)

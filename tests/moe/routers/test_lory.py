@@ -34,6 +34,11 @@ def test_each_segment_uses_the_worked_routing_of_the_one_before(dtype, tolerance
     assert routing.merging.first_J.tolist() == [0, 2, 4]
 
 
+def test_the_last_worked_routing_is_that_of_a_segment_which_follows():
+    routing = router_with()(torch.cat((X, X[:2])), RouterContext(sequence_start_T=starts(0, size=8)))
+    assert routing.weights_TE[6].tolist() == pytest.approx([0.222700138825, 0.777299861175], abs=1e-9)
+
+
 def test_the_worked_matrices_are_merged_one_by_one():
     experts = MergedExperts(2, 2, 2).to(F64)
     theta = torch.tensor([[[1, 2], [3, 4]], [[0, 1], [-1, 2]]], dtype=F64)

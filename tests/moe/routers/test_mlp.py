@@ -13,7 +13,13 @@ def test_worked_logits(dtype):
     weights = {"up.weight": mat(100, 2, 3), "up.bias": vec(101, 2)}
     weights |= {"down.weight": 5 * mat(102, 4, 2), "down.bias": vec(103, 4)}
     expected = [0.17244756225518157, -1.2719197732568484, 0.8809840274424587, -0.06373125947391084]
-    assert_logits(router_of("mlp", weights, dtype, mlp_size=2), x(1), expected)
+    router = router_of("mlp", weights, dtype, mlp_size=2)
+    assert_logits(router, x(1), expected)
+    before = torch.nn.functional.linear(x(1).to(dtype), router.up.weight, router.up.bias)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert before[0].tolist() == pytest.approx([-0.22, 0.52], abs=tolerance)
+    inner = torch.nn.functional.gelu(before)[0].tolist()
+    assert inner == pytest.approx([-0.09084582701739279, 0.3632034704755776], abs=tolerance)
 
 
 def logit_std(initial: str, **options) -> float:

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from remoe import RouterContext
-from remoe.moe import losses
+from remoe.moe import losses, stats
+from remoe.moe.cells import affine
+from remoe.moe.recurrence import normalized
 from tests.moe.routers.rmoe_vectors import mat, vec
 from tests.moe.worked_rmoe import F64, INPUTS, assert_near, fill, run, worked_routers
 
@@ -41,6 +43,45 @@ def test_gru_routing_over_three_layers(dtype):
         assert_near(routing.logits_TE.softmax(-1), PROBABILITIES[layer], dtype)
         assert_near(routing.weights_TE, GATES[layer], dtype)
         assert routing.routing_map_TE.tolist() == [[gate > 0 for gate in GATES[layer]]]
+
+
+GRU_GATES = [  # reset, update and new of layers 1 and 2
+    [[0.45115626505294837, 0.35342909090255187], [0.49850000449998383, 0.39795338513330664],
+     [0.4023607406167027, -0.2203272218856211]],
+    [[0.35264137186214906, 0.411651777004231], [0.39734614938553964, 0.4585385433399212],
+     [0.47626889533056777, -0.05802106362193576]],
+]  # fmt: skip
+
+
+@BOTH
+def test_gates_inside_the_gru(dtype):
+    routers = worked_routers(dtype=dtype)
+    state_TP = torch.zeros(1, 2, dtype=dtype)
+    inputs = [[-0.42, 0.32], [-0.88, 0.72], [-0.78, 0.8]]
+    for layer, (router, routing) in enumerate(zip(routers, run(routers), strict=True)):
+        u_TP = affine(INPUTS[layer].to(dtype), router.projector, router.projector_bias)
+        assert_near(u_TP, inputs[layer], dtype)
+        of_input, of_state = router.cell.from_input(u_TP).chunk(3, -1), router.cell.from_state(state_TP).chunk(3, -1)
+        reset, update = (torch.sigmoid(of_input[i] + of_state[i]) for i in (0, 1))
+        new = torch.tanh(of_input[2] + reset * of_state[2])
+        if layer < 2:
+            for value, expected in zip((reset, update, new), GRU_GATES[layer], strict=True):
+                assert_near(value, expected, dtype)
+        assert_near((1 - update) * new + update * state_TP, H[layer], dtype)
+        state_TP = routing.state_TP
+
+
+@BOTH
+def test_entropy_and_balance_of_the_gates(dtype):
+    first, second, _ = run(worked_routers(dtype=dtype))
+    for routing, entropy, inner, outer in (
+        (first, 1.324976274322939, 1.182739339964244, 0.6685423136578184),
+        (second, 1.3014809144512631, 1.268051723426152, 0.6483306692062978),
+    ):
+        tolerance = 1e-9 if dtype == F64 else 1e-5
+        assert stats.gate_entropy(routing).tolist() == pytest.approx([entropy], abs=tolerance)
+        assert stats.inner_balance(routing).tolist() == pytest.approx([inner], abs=tolerance)
+        assert stats.outer_balance(routing).tolist() == pytest.approx([outer], abs=tolerance)
 
 
 @BOTH
@@ -110,6 +151,14 @@ def test_logit_residual_without_passing(mode, expected, order, detach_residual, 
 
 
 @BOTH
+def test_scores_handed_on_would_be_another_rule(dtype):
+    # the paper's formula adds scores, its text logits; ours adds logits. The scores' sum as the spec works it out:
+    _, second, third = run(worked_routers(dtype=dtype, passing="none"))
+    scores = third.logits_TE.softmax(-1) + 0.5 * second.logits_TE.softmax(-1)
+    assert_near(scores, [0.4616868921407299, 0.46647759809075906, 0.19879272990138758, 0.37304277986712353], dtype)
+
+
+@BOTH
 def test_rnn_cell(dtype):
     routings = run(worked_routers(dtype=dtype, cell="rnn"))
     assert_near(routings[0].state_TP, [0.5689710350887308, -0.2203272218856211], dtype)
@@ -153,12 +202,21 @@ def test_leaky_sum(dtype, learned_leak):
         assert_near(routing.state_TP, h, dtype)
 
 
+UNIT_STATES = [
+    [1.1817412842474695, -0.7768446029323633],
+    [1.3716017929868272, -0.3445410301768445],
+    [1.410923876469855, -0.09640443354575338],
+]
+
+
 @BOTH
 def test_recurrent_relu_gates_and_penalties(dtype):
     routers = worked_routers("recurrent_relu", dtype=dtype, norm_eps=0.0, bias=True)
     for layer, router in enumerate(routers, start=1):
         fill(router, head=mat(40 + layer, 4, 2), head_bias=torch.zeros(4))
     routings = run(routers)
+    for routing, unit in zip(routings, UNIT_STATES, strict=True):
+        assert_near(normalized(routing.state_TP, 0.0), unit, dtype)
     assert_near(routings[0].weights_TE, [0.7429446867404225, 0, 0, 0], dtype)
     assert_near(routings[1].weights_TE, [0.6864571292654686, 0, 0, 0.5837510529844704], dtype)
     assert_near(routings[2].weights_TE, [0.7343832682986535, 0.10253061422868416, 0, 0.6029313240062434], dtype)
