@@ -16,6 +16,7 @@ ROUTERS = {
     "hash": "remoe.moe.routers.hash:HashRouter",
     "hyper": "remoe.moe.routers.hyper:HyperRouter",
     "lory": "remoe.moe.routers.lory:LoryRouter",
+    "loss_free": "remoe.moe.routers.loss_free:LossFreeRouter",
     "mlp": "remoe.moe.routers.mlp:MLPRouter",
     "random": "remoe.moe.routers.random:RandomRouter",
     "recurrent_relu": "remoe.moe.routers.recurrent:RecurrentReLURouter",
