@@ -1,9 +1,11 @@
 """Figures of what a run logged: losses, stages, sparsity per layer, flips."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from remoe.analysis.figures import flips, layer_sparsity, loss_curves, stages
+from remoe.analysis.figures import flips, layer_sparsity, loss_curves, stages, summary
 from remoe.analysis.metrics import Metrics, smooth, thinned
 
 
@@ -76,3 +78,11 @@ def test_sparsity_at_the_end_is_the_mean_of_the_last_tenth(runs):
     relu = layer_sparsity.numbers(runs)[0]
     assert relu.end_L.tolist() == relu.sparsity_NL[-31:].mean(0).tolist()
     assert np.diff(relu.end_L) == pytest.approx([0.02, 0.02, 0.02])
+
+
+@pytest.mark.parametrize(("logged", "expected"), [({"valid_active_experts": 0.9}, 0.9), ({}, 1.25)])
+def test_experts_a_token_used_come_from_the_logged_validation_where_there_is_no_checkpoint(runs, logged, expected):
+    relu = next(run for run in runs if run.router == "relu")
+    row = {**relu.metrics.rows[-1], "active_experts": 1.25, **logged}
+    known_by_its_log = dataclasses.replace(relu, counts=None, metrics=Metrics((row,)))
+    assert summary.numbers([known_by_its_log])[0].active_experts == expected

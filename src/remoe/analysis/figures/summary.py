@@ -53,8 +53,8 @@ def figure(runs: Sequence[RunRecord]) -> Figure:
         title="The run" if len(runs) == 1 else "The runs",
         says=(
             "Validation loss in nats per token (the best in bold); how many experts a token of the validation text "
-            "used at the end (without a checkpoint: one of the last training step); sparsity and speed over the last "
-            "quarter of the steps, on the machine that trained; and size."
+            "used at the end (without a checkpoint: as the log says); sparsity and speed over the last quarter of the "
+            "steps, on the machine that trained; and size."
         ),
         source="ReMoE, Tables 2 and 7",
         charts=tuple(draw(summaries)),
@@ -83,7 +83,8 @@ def _summary(run: RunRecord) -> RunSummary:
 
 def _active(run: RunRecord) -> float | None:
     if run.counts is None:  # dense, or known by its log alone
-        return run.metrics.last("active_experts") if run.router != "dense" else None
+        logged = run.metrics.last("valid_active_experts") or run.metrics.last("active_experts")
+        return logged if run.router != "dense" else None
     return float(run.counts.load_LDE.sum() / run.counts.num_tokens / len(run.counts.layers))
 
 
