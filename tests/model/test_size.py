@@ -153,10 +153,11 @@ def kept_bytes(config: ReMoEConfig, tokens_BS: torch.Tensor, precision: str) -> 
     model = ReMoEForCausalLM(config)
     shapes = {parameter.shape for parameter in model.parameters()}
     shapes |= {parameter.T.shape for parameter in model.parameters() if parameter.dim() == 2}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def pack(tensor):
-        if tensor.shape not in shapes:
+        if tensor.shape not in shapes and tensor.untyped_storage().data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
@@ -180,6 +181,30 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings, preci
     temporary = rows * tokens_BS.numel() if config.num_moe_layers else 0
     estimated = plan(config, workload).memory.activations - temporary
     assert estimated == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("segment_length", [16, 64])
+def test_merged_experts_are_counted_with_what_autograd_keeps(segment_length):
+    router = {"name": "lory", "segment_length": segment_length}
+    config = ReMoEConfig(vocab_size=3, hidden_size=128, num_layers=6, intermediate_size=320, router=router, top_k=1)
+    tokens_BS = torch.zeros(4, 130, dtype=torch.int64)
+    workload = Workload(sequence_length=130, micro_batch_size=4)
+    segments = 4 * -(-130 // segment_length)
+    gradients = 4 * segments * 3 * 128 * 320  # of one layer's merged matrices, in its backward pass
+    rows = 4 * (3 * 128 + 3 * 320) * tokens_BS.numel()
+    estimated = plan(config, workload).memory.activations - gradients - rows
+    measured = kept_bytes(config, tokens_BS, "fp32") - 4 * 128 * (2 * 6 + 1) * tokens_BS.numel()
+    assert estimated == pytest.approx(measured, rel=0.05)
+    assert 6 * gradients > 0.3 * estimated
+
+
+def test_checkpointed_layers_keep_one_layers_merged_experts():
+    settings = {"vocab_size": 3, "hidden_size": 128, "num_layers": 6, "intermediate_size": 320}
+    lory, topk = (ReMoEConfig(**settings, router=router) for router in ("lory", "topk"))
+    workload = Workload(sequence_length=512, micro_batch_size=2, activation_checkpointing=True)
+    a_layer = 4 * 2 * 2 * 3 * 128 * 320
+    extra = plan(lory, workload).memory.activations - plan(topk, workload).memory.activations
+    assert extra == 2 * a_layer
 
 
 @pytest.mark.parametrize("settings", [{"attention_span": 96}, {"attention_span": 400, "num_heads": 2}])

@@ -1,5 +1,6 @@
 """Parameters, FLOPs and memory of a model, from its config alone."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,11 +222,14 @@ def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -
     moe = attention + _moe_bytes(config, workload, active_experts) if moe_layers else 0
     last_norm = 8 * config.hidden_size
     kept, recomputed = last_norm + dense_layers * dense + moe_layers * moe, 0
+    merged = _merged_bytes(config, workload) if moe_layers else 0
+    kept_merged = moe_layers * merged
     if workload.activation_checkpointing:
         kept = last_norm + 4 * config.num_layers * config.hidden_size + moe_layers * _routing_bytes(config)
-        recomputed = max(dense, moe)
+        recomputed, kept_merged = max(dense, moe), merged
     rows = _row_bytes(config, workload, active_experts) if moe_layers else 0
-    return workload.num_tokens * (kept + max(_loss_bytes(config, workload), recomputed + rows))
+    of_tokens = workload.num_tokens * (kept + max(_loss_bytes(config, workload), recomputed + rows))
+    return of_tokens + kept_merged + merged  # the last: one layer's gradients of merged matrices
 
 
 def _attention_bytes(config: ReMoEConfig, workload: Workload) -> int:
@@ -255,6 +259,15 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
     state_size: Any = router_without_values(config.moe).state_size
     cell = 4 * 5 * state_size  # the state and four gates (RMoE §2.13)
     return 8 * config.hidden_size + cast + _routing_bytes(config) + cell + active_experts * pair
+
+
+def _merged_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """One layer's merged matrices, an expert a segment (Lory); 0 for routers that merge none."""
+    router: Any = router_without_values(config.moe)
+    if getattr(router, "experts", "grouped") != "merged":
+        return 0
+    segments = workload.micro_batch_size * math.ceil(workload.sequence_length / router.segment_length)
+    return workload.compute_bytes * segments * 3 * config.moe.hidden_size * config.moe.expert_size
 
 
 def _routing_bytes(config: ReMoEConfig) -> int:
