@@ -27,9 +27,8 @@ class GroupedExperts(nn.Module):
         Computes in hidden_TH's dtype, or autocast's; gates and sums stay in fp32 or wider.
         """
         dtype = compute_dtype(hidden_TH)
-        out_TH, _ = expert_mlp(
-            hidden_TH.to(dtype), weights_TE, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *plan
-        )
+        gate_up_proj, down_proj = (own_part(matrices).to(dtype) for matrices in (self.gate_up_proj, self.down_proj))
+        out_TH, _ = expert_mlp(hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists)
         return out_TH
 
 
@@ -56,3 +55,9 @@ def compute_dtype(hidden_TH: Tensor) -> torch.dtype:
     """The dtype of matrix products: autocast's where it is on, else the tensor's."""
     device = hidden_TH.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """This rank's experts, where ranks share them (a DTensor); else the parameter itself."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()

@@ -1,5 +1,8 @@
 """The Mixture-of-Experts layer: router, plan, experts."""
 
+from typing import Protocol
+
+import torch
 from torch import Tensor, nn
 
 from remoe.errors import ConfigError
@@ -9,6 +12,14 @@ from remoe.moe.experts import GroupedExperts, MergedExperts
 from remoe.moe.relu_experts import ReLUExperts
 from remoe.moe.routers import build_router, option_names
 from remoe.moe.routing import RouterContext, Routing
+
+_FEW_PAIRS = 65536  # lists and rows of so many pairs cost little: allocate for all of them rather than wait
+
+
+class Exchange(Protocol):
+    """Runs a layer's experts where ranks share them: expert parallelism."""
+
+    def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> Tensor: ...
 
 
 class MoE(nn.Module):
@@ -23,13 +34,27 @@ class MoE(nn.Module):
         self.config = config
         self.router = _build_router(config)
         self.experts = _build_experts(config, getattr(self.router, "experts", "grouped"))
+        self.exchange: Exchange | None = None
+        self.row_capacity: int | None = None
+        """Rows that a call allocates, for training without waiting; null: as many as the routing has active pairs, for
+        whose number a GPU waits. A routing with more pairs sets its `overflow`: its output is void, run it again."""
 
     def forward(self, hidden_BSH: Tensor, context: RouterContext | None = None) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like its input, and the Routing over T = B*S tokens."""
         hidden_TH = hidden_BSH.flatten(0, 1)
         routing = self.router(hidden_TH, context)
-        out_TH = self.experts(hidden_TH, plan_of(routing), routing.weights_TE)
-        return out_TH.view_as(hidden_BSH), routing
+        if self.exchange is not None:
+            return self.exchange(self.experts, hidden_TH, routing).view_as(hidden_BSH), routing
+        plan = plan_of(routing, self._capacity(routing))
+        out_TH = self.experts(hidden_TH, plan, routing.weights_TE)
+        return out_TH.view_as(hidden_BSH), routing._replace(overflow=getattr(plan, "overflow", None))
+
+    def _capacity(self, routing: Routing) -> int | None:
+        if not isinstance(self.experts, GroupedExperts):
+            return None
+        num_pairs = routing.routing_map_TE.numel()
+        is_small = num_pairs <= _FEW_PAIRS and routing.routing_map_TE.is_cuda and not torch.is_grad_enabled()
+        return num_pairs if is_small else self.row_capacity
 
 
 def _build_router(config: MoEConfig) -> nn.Module:

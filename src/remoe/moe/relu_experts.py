@@ -8,7 +8,7 @@ from remoe.kernels.grouped_linear import grouped_linear
 from remoe.kernels.rows import combine_rows, dispatch_rows
 from remoe.moe import initial
 from remoe.moe.dispatch import DispatchPlan
-from remoe.moe.experts import compute_dtype
+from remoe.moe.experts import compute_dtype, own_part
 
 
 class ReLUExperts(nn.Module):
@@ -40,7 +40,7 @@ class ReLUExperts(nn.Module):
         """
         dtype = compute_dtype(hidden_TH)
         lists = (plan.token_N, plan.row_N, plan.token_offsets)
-        up_proj, up_bias, down_proj, down_bias = (parameter.to(dtype) for parameter in self.parameters())
+        up_proj, up_bias, down_proj, down_bias = (own_part(p).to(dtype) for p in self.parameters())
         rows_NH = dispatch_rows(hidden_TH.to(dtype), *lists)
         act_NF = grouped_linear(rows_NH, up_proj, up_bias, plan.expert_offsets).relu()
         act_NF = F.dropout(act_NF, self.dropout, self.training)
