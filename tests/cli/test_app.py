@@ -10,7 +10,8 @@ from remoe.cli.failures import exit_code_of, spread_overrides
 from remoe.errors import DataError, TrainingError
 
 COMMANDS = (
-    "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "runs", "recipes",
+    "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "bench", "runs",
+    "recipes",
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def test_help_names_every_command_and_no_other(cli):
     assert {line.split()[0] for line in listed.strip().splitlines()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "runs diff", "recipes show"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench layer", "runs diff", "recipes show"])
 def test_help_of_each_command_has_an_example(cli, command):
     outcome = cli(*command.split(), "--help")
     assert outcome.code == 0

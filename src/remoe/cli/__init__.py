@@ -9,6 +9,7 @@ import typer
 
 from remoe import __version__
 from remoe.cli.analyze import analyze_command
+from remoe.cli.bench import bench_app
 from remoe.cli.compare import compare_command
 from remoe.cli.demo import demo_command
 from remoe.cli.eval import eval_command
@@ -34,6 +35,7 @@ for name, command, example in (
 ):
     app.command(name, epilog=f"Example: {example}")(command)
 app.command("prepare")(prepare_command)
+app.add_typer(bench_app, name="bench")
 app.add_typer(runs_app, name="runs")
 app.add_typer(recipes_app, name="recipes")
 

@@ -1,0 +1,77 @@
+"""Where a call's time goes: its kernels, their share, and what the known ones achieve."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from remoe.bench.clock import Clock
+from remoe.bench.shapes import LayerShape
+
+Kernel = dict[str, Any]
+_MOST = 20
+
+_WORK: tuple[tuple[str, int], ...] = ()
+"""Kernel name (a pattern) and its products in units of N * H * F multiply-adds, both for one layer's step."""
+_ALL_PRODUCTS = 9
+_PRODUCTS = re.compile(r"gemm|grouped|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE)
+
+
+def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock) -> list[Kernel]:
+    """One call's kernels by falling time: name, calls, microseconds, share, TFLOP/s where the products are known.
+
+    The last row is their sum. Products that share a name, such as those of a library, are rated together under
+    "matrix products".
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.is_cuda else [])]
+    call()
+    clock.synchronize()
+    with torch_profile(activities=activities) as profiler:
+        call()
+        clock.synchronize()
+    kernels = [_kernel(event, clock.is_cuda) for event in profiler.key_averages() if _counts(event, clock.is_cuda)]
+    kernels = sorted((kernel for kernel in kernels if kernel["us"] > 0), key=lambda kernel: -kernel["us"])
+    total = sum(kernel["us"] for kernel in kernels)
+    for kernel in kernels:
+        kernel["share"] = kernel["us"] / total
+        kernel["tflops"] = _rate(kernel, shape)
+    return [*kernels[:_MOST], *_sums(kernels, shape, total)]
+
+
+def _counts(event: Any, is_cuda: bool) -> bool:
+    return event.device_type == DeviceType.CUDA or not is_cuda
+
+
+def _kernel(event: Any, is_cuda: bool) -> Kernel:
+    microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+    return {"kernel": event.key, "calls": event.count, "us": float(microseconds)}
+
+
+def _rate(kernel: Kernel, shape: LayerShape) -> float | None:
+    for pattern, products in _WORK:
+        if re.search(pattern, kernel["kernel"]):
+            return _tflops(products, shape, kernel["us"])
+    return None
+
+
+def _tflops(products: int, shape: LayerShape, microseconds: float) -> float:
+    flops = 2 * products * shape.num_pairs * shape.hidden_size * shape.expert_size
+    return flops / microseconds / 1e6
+
+
+def _sums(kernels: list[Kernel], shape: LayerShape, total: float) -> list[Kernel]:
+    products = [kernel for kernel in kernels if _PRODUCTS.search(kernel["kernel"])]
+    in_products = sum(kernel["us"] for kernel in products)
+    sums: list[Kernel] = []
+    if products:
+        sums.append(_sum("matrix products", products, total) | {"tflops": _tflops(_ALL_PRODUCTS, shape, in_products)})
+    return [*sums, _sum("all", kernels, total)]
+
+
+def _sum(name: str, kernels: list[Kernel], total: float) -> Kernel:
+    microseconds = sum(kernel["us"] for kernel in kernels)
+    calls = sum(kernel["calls"] for kernel in kernels)
+    return {"kernel": name, "calls": calls, "us": microseconds, "share": microseconds / total}

@@ -1,0 +1,186 @@
+"""The layer benchmark on tiny shapes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from remoe.bench import ours, peers
+from remoe.bench.layer import LayerBench, bench_layer
+from remoe.bench.limits import Limits
+from remoe.bench.numerics import TENSORS, errors, expected, plain_results, relative_error, too_large
+from remoe.bench.problem import ROUTES, Problem
+from remoe.bench.results import MismatchError
+from remoe.bench.shapes import SHAPES
+
+CPU = torch.device("cpu")
+LIMITS = Limits(matmul_tflops=790, copy_gb_per_second=3000, bytes_a_number=2)
+
+
+def tiny_bench(**changes) -> LayerBench:
+    settings = {"shapes": [SHAPES["tiny"]], "peers": ["dense", "grouped_mm"], "device": CPU, "dtype": torch.float32}
+    return LayerBench(**(settings | changes))
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return Problem(SHAPES["tiny"], CPU, torch.float32)
+
+
+# performance.md's companion, section 2: 790 TFLOP/s, 3.0 TB/s
+@pytest.mark.parametrize(
+    ("name", "forward_ms", "both_ms"),
+    [
+        ("remoe182m_E8", 0.29, 0.88),
+        ("remoe978m_E8", 1.17, 3.52),
+        ("remoe469m_E128", 1.30, 3.96),
+        ("remoe182m_G64", 1.26, 2.78),
+        ("stage1_182m_E8", 1.17, 3.52),
+    ],
+)
+def test_floor_of_a_shape_is_the_published_one(name: str, forward_ms: float, both_ms: float):
+    assert LIMITS.floor_ms(SHAPES[name], backward=False) == pytest.approx(forward_ms, abs=0.012)
+    assert LIMITS.floor_ms(SHAPES[name], backward=True) == pytest.approx(both_ms, abs=0.012)
+
+
+def test_many_experts_are_bound_by_their_weights_and_few_by_their_products():
+    assert LIMITS.is_memory_bound(SHAPES["remoe469m_E128"], backward=True)
+    assert not LIMITS.is_memory_bound(SHAPES["remoe182m_E8"], backward=True)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_routing_has_the_same_number_of_pairs(problem: Problem, route: str):
+    _, map_TE = problem.route(route).dense()
+    assert int(map_TE.sum()) == problem.shape.num_pairs
+
+
+def test_variable_routing_uses_different_numbers_of_experts_and_fixed_ones_do_not(problem: Problem):
+    counts = {name: problem.route(name).dense()[1].sum(1) for name in ROUTES}
+    assert counts["var"].unique().numel() > 2
+    assert counts["even_var"].unique().numel() > 2
+    assert counts["topk"].unique().tolist() == counts["even_fixed"].unique().tolist() == [problem.shape.top_k]
+
+
+@pytest.mark.parametrize("route", ["even_fixed", "even_var"])
+def test_even_routings_give_each_expert_as_many_tokens(problem: Problem, route: str):
+    per_expert = problem.route(route).dense()[1].sum(0)
+    assert per_expert.unique().tolist() == [problem.shape.num_pairs // problem.shape.num_experts]
+
+
+@pytest.mark.parametrize("route", ["topk", "var"])
+def test_lists_and_padded_lists_hold_the_pairs_of_the_dense_routing(problem: Problem, route: str):
+    routing = problem.route(route)
+    weights_TE, _ = routing.dense()
+    from_lists, from_padded = torch.zeros_like(weights_TE), torch.zeros(weights_TE.shape[0], weights_TE.shape[1] + 1)
+    token_N, expert_N, weight_N = routing.lists()
+    from_lists[token_N, expert_N] = weight_N.detach()
+    index_TK, weights_TK = routing.padded()
+    from_padded.scatter_(1, index_TK, weights_TK.detach())
+    assert torch.equal(from_lists, weights_TE)
+    assert torch.equal(from_padded[:, :-1], weights_TE)
+    assert not from_padded[:, -1].any()
+
+
+@pytest.mark.parametrize("route", ["topk", "var"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_layer_is_as_near_the_reference_as_the_plain_path(route: str, dtype: torch.dtype):
+    problem = Problem(SHAPES["tiny_E16"], CPU, dtype)
+    routing = problem.route(route)
+    wanted = expected(problem, routing)
+    out_TH = ours.layer(problem, routing)()
+    grads = torch.autograd.grad(out_TH, problem.leaves(routing), problem.grad_out_TH)
+    found = errors(dict(zip(TENSORS, (out_TH, *grads), strict=True)), wanted.results, routing)
+    assert too_large(found, wanted.plain, dtype) == []
+
+
+@pytest.mark.parametrize("name", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("route", ["topk", "var"])
+def test_peers_compute_the_same_layer(problem: Problem, name: str, route: str):
+    routing = problem.route(route)
+    wanted = plain_results(problem, routing, torch.float64)["out"]
+    assert relative_error(peers.build(name, problem, routing)(), wanted) < 1e-6
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["transformers", "transformers_grouped_mm"])
+@pytest.mark.parametrize("route", ["topk", "var"])
+def test_transformers_computes_the_same_layer(problem: Problem, name: str, route: str):
+    pytest.importorskip("transformers")
+    routing = problem.route(route)
+    wanted = plain_results(problem, routing, torch.float64)
+    out_TH = peers.build(name, problem, routing)()
+    grads = torch.autograd.grad(out_TH, problem.leaves(routing), problem.grad_out_TH)
+    found = errors(dict(zip(TENSORS, (out_TH, *grads), strict=True)), wanted, routing)
+    assert max(found.values()) < 1e-5
+
+
+def test_rows_hold_times_rates_errors_and_the_limit_and_the_file_has_them(tmp_path: Path):
+    results = bench_layer(tiny_bench(path=tmp_path / "layer.json"))
+    row = results.rows[0]
+    assert (row["candidate"], row["kind"], row["route"]) == ("remoe", "ours", "topk")
+    assert row["floor_ms"] > 0
+    assert 0 < row["forward_ms"] < row["forward_backward_ms"]
+    flops = 18 * 64 * 2 * 32 * 16
+    assert row["tflops"] == pytest.approx(flops / row["forward_backward_ms"] / 1e9)
+    assert set(row["errors"]) == set(TENSORS)
+    written = json.loads((tmp_path / "layer.json").read_text())
+    assert written["benchmark"] == "layer"
+    assert written["limits"]["matmul_tflops"] > 0
+    assert [(r["candidate"], r["route"]) for r in written["rows"]] == [
+        (r["candidate"], r["route"]) for r in results.rows
+    ]
+
+
+def test_a_wrong_layer_of_ours_is_an_error_that_names_shape_tensor_and_figures(monkeypatch: pytest.MonkeyPatch):
+    right = ours.layer
+    monkeypatch.setattr(ours, "layer", lambda problem, routing: lambda: right(problem, routing)() * 1.01)
+    results = bench_layer(tiny_bench(peers=[]))
+    with pytest.raises(MismatchError, match=r"remoe at tiny/topk, out: 1\.000e-02, allowed .* plain") as raised:
+        results.check()
+    assert raised.value.exit_code == 1
+
+
+def test_a_layer_of_ours_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    def broken(problem, routing):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(ours, "layer", broken)
+    with pytest.raises(MismatchError, match="remoe at tiny/topk failed: RuntimeError: no kernel"):
+        bench_layer(tiny_bench(peers=[])).check()
+
+
+def test_a_peer_that_fails_leaves_the_others_their_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(peers.PEERS, "grouped_mm", "remoe.bench.peers.dense:nothing")
+    results = bench_layer(tiny_bench(peers=["grouped_mm", "loop"]))
+    results.check()
+    by_name = {row["candidate"]: row for row in results.rows}
+    assert "AttributeError" in by_name["grouped_mm"]["error"]
+    assert by_name["loop"]["forward_backward_ms"] > 0
+
+
+def test_a_library_that_is_not_installed_is_said_once():
+    rows = bench_layer(tiny_bench(peers=["sonicmoe"])).rows
+    assert [row["note"] for row in rows if row["candidate"] == "sonicmoe"] == ["sonicmoe is not installed"]
+
+
+def test_what_begins_after_the_deadline_is_left_out():
+    rows = bench_layer(tiny_bench(deadline_seconds=0.0)).rows
+    assert rows == [{"shape": "tiny", "note": "left out: deadline"}]
+
+
+def test_a_profile_lists_kernels_whose_shares_add_up():
+    row = bench_layer(tiny_bench(peers=[], profile=True)).rows[0]
+    *kernels, everything = row["profile"]
+    assert everything["kernel"] == "all"
+    listed = [kernel for kernel in kernels if kernel["kernel"] != "matrix products"]
+    assert len(listed) == 20
+    assert sum(kernel["share"] for kernel in listed) <= 1 + 1e-9
+    assert {"kernel", "calls", "us", "share"} <= kernels[0].keys()
+
+
+def test_a_relative_error_counts_a_nan():
+    assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) != relative_error(torch.ones(1), torch.ones(1))
+    assert too_large(dict.fromkeys(TENSORS, float("nan")), dict.fromkeys(TENSORS, 1.0), torch.float32), (
+        "NaN is never small enough"
+    )
