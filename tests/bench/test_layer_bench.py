@@ -84,11 +84,12 @@ def test_lists_and_padded_lists_hold_the_pairs_of_the_dense_routing(problem: Pro
 
 @pytest.mark.parametrize("route", ["topk", "var"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_layer_is_as_near_the_reference_as_the_plain_path(route: str, dtype: torch.dtype):
+@pytest.mark.parametrize("column", list(ours.COLUMNS))
+def test_our_layer_is_as_near_the_reference_as_the_plain_path(column: str, route: str, dtype: torch.dtype):
     problem = Problem(SHAPES["tiny_E16"], CPU, dtype)
     routing = problem.route(route)
     wanted = expected(problem, routing)
-    out_TH = ours.layer(problem, routing)()
+    out_TH = ours.COLUMNS[column](problem, routing)()
     grads = torch.autograd.grad(out_TH, problem.leaves(routing), problem.grad_out_TH)
     found = errors(dict(zip(TENSORS, (out_TH, *grads), strict=True)), wanted.results, routing)
     assert too_large(found, wanted.plain, dtype) == []
@@ -133,8 +134,8 @@ def test_rows_hold_times_rates_errors_and_the_limit_and_the_file_has_them(tmp_pa
 
 
 def test_a_wrong_layer_of_ours_is_an_error_that_names_shape_tensor_and_figures(monkeypatch: pytest.MonkeyPatch):
-    right = ours.layer
-    monkeypatch.setattr(ours, "layer", lambda problem, routing: lambda: right(problem, routing)() * 1.01)
+    right = ours.exact
+    monkeypatch.setitem(ours.COLUMNS, "remoe", lambda problem, routing: lambda: right(problem, routing)() * 1.01)
     results = bench_layer(tiny_bench(peers=[]))
     with pytest.raises(MismatchError, match=r"remoe at tiny/topk, out: 1\.000e-02, allowed .* plain") as raised:
         results.check()
@@ -145,7 +146,7 @@ def test_a_layer_of_ours_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch)
     def broken(problem, routing):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(ours, "layer", broken)
+    monkeypatch.setitem(ours.COLUMNS, "remoe", broken)
     with pytest.raises(MismatchError, match="remoe at tiny/topk failed: RuntimeError: no kernel"):
         bench_layer(tiny_bench(peers=[])).check()
 

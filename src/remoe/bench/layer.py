@@ -18,13 +18,12 @@ from remoe.bench import ours, peers
 from remoe.bench.clock import Clock, free
 from remoe.bench.limits import Limits, measure_limits
 from remoe.bench.numerics import TENSORS, Expected, errors, expected, of_another_layer, too_large
+from remoe.bench.ours import Builder, Forward
 from remoe.bench.problem import Problem, Routing
 from remoe.bench.profile import profile
 from remoe.bench.results import Results, Row, Show
 from remoe.bench.shapes import LayerShape
 
-Forward = Callable[[], Tensor]
-Builder = Callable[[Problem, Routing], Forward]
 PROFILES = "profile"
 
 
@@ -34,7 +33,7 @@ class LayerBench:
 
     shapes: list[LayerShape]
     peers: list[str]
-    backends: list[str] = field(default_factory=list)
+    ours: list[str] = field(default_factory=lambda: ["remoe"])
     device: torch.device
     dtype: torch.dtype
     deadline_seconds: float | None = None
@@ -81,7 +80,7 @@ def bench_layer(config: LayerBench) -> Results:
 
 def candidates(config: LayerBench) -> list[Candidate]:
     """Ours first: what comes after a deadline is left out."""
-    own = [Candidate(name, "ours", build) for name, build in ours.candidates(config.backends).items()]
+    own = [Candidate(name, "ours", ours.COLUMNS[name]) for name in config.ours]
     return own + [
         Candidate(name, "ceiling" if name == peers.CEILING else "peer", _peer_builder(name))
         for name in config.peers

@@ -6,19 +6,40 @@ import torch
 from torch import Tensor
 
 from remoe.bench.problem import Problem, Routing
+from remoe.errors import ConfigError, one_of
 from remoe.moe.dispatch import plan
 from remoe.moe.experts import GroupedExperts
 
 Forward = Callable[[], Tensor]
-OURS = "remoe"
+Builder = Callable[[Problem, Routing], Forward]
+
+CAPACITY_MARGIN = 1.25
 
 
-def candidates(names: list[str]) -> dict[str, Callable[[Problem, Routing], Forward]]:
-    """Our back-ends by column name; without names, the one that the layer picks itself."""
-    return {OURS: layer}
+def exact(problem: Problem, routing: Routing) -> Forward:
+    """As many rows as there are pairs: on a GPU each call waits for that number."""
+    return _layer(problem, routing, None)
 
 
-def layer(problem: Problem, routing: Routing) -> Forward:
+def capacity(problem: Problem, routing: Routing) -> Forward:
+    """Rows for CAPACITY_MARGIN times the pairs, as in a training step that never waits."""
+    return _layer(problem, routing, int(problem.shape.num_pairs * CAPACITY_MARGIN))
+
+
+COLUMNS: dict[str, Builder] = {"remoe": exact, "remoe_capacity": capacity}
+
+
+def columns_named(names: list[str], device: torch.device) -> list[str]:
+    """The columns of these names; without names, all that differ on the device: a CPU never waits."""
+    if not names:
+        return list(COLUMNS) if device.type == "cuda" else ["remoe"]
+    for name in names:
+        if name not in COLUMNS:
+            raise ConfigError(f"--ours has {name!r}, {one_of(name, list(COLUMNS))}")
+    return names
+
+
+def _layer(problem: Problem, routing: Routing, rows: int | None) -> Forward:
     """From gates and routing map to the output; for topk these are made from indices and weights first."""
     shape = problem.shape
     with torch.device("meta"):
@@ -27,6 +48,6 @@ def layer(problem: Problem, routing: Routing) -> Forward:
 
     def forward() -> Tensor:
         weights_TE, routing_map_TE = routing.dense()
-        return experts(problem.hidden_TH, plan(routing_map_TE), weights_TE)
+        return experts(problem.hidden_TH, plan(routing_map_TE, rows), weights_TE)
 
     return forward
