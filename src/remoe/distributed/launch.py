@@ -1,0 +1,78 @@
+"""Joining the other processes that torchrun (or a scheduler) started, and leaving them again."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from remoe.errors import ConfigError
+
+
+def world_size() -> int:
+    """How many processes were started together; 1 for a plain start."""
+    return _number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return _number("RANK", 0)
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own GPU, by torchrun's LOCAL_RANK; ConfigError where there are not enough."""
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    if device.index is not None:
+        raise ConfigError(f"train.device is '{device}', must be auto, cpu or cuda: each process takes its own GPU")
+    local = _number("LOCAL_RANK", rank())
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {rank()} needs GPU {local} of this host, but torch sees {torch.cuda.device_count()}; "
+            "start torchrun with --nproc-per-node equal to the number of GPUs"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """Inside, the processes can talk: NCCL between GPUs, gloo between hosts. One process alone needs none of it."""
+    if world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, store=_store(timeout), rank=rank(), world_size=world_size(), timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where the processes find each other. Each restart of torchrun's uses names of its own: gloo would otherwise
+    read the addresses of the attempt that died.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} are not set; start with torchrun, "
+            "e.g. torchrun --standalone --nproc-per-node 2 -m remoe train CONFIG"
+        )
+    is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    store = dist.TCPStore(address, port, world_size(), is_master=is_host, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return otherwise
+    if not text.isdigit():
+        raise ConfigError(f"environment variable {name} is {text!r}, must be a number as torchrun sets it")
+    return int(text)

@@ -1,0 +1,97 @@
+"""FSDP2 over a decoder: which parameters are gathered together, in which dtype, and how gradients are summed.
+
+The units are attention and experts (or the dense MLP): their only output is the hidden state. A layer's routing must
+not leave a unit: the losses read it first in the backward pass, which would gather every layer at once. Everything
+small (embedding, norms, routers, the shared cell, the head) is in the root, in fp32, gathered once a step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.expert_parallel import share_experts
+from remoe.distributed.mesh import Meshes
+from remoe.errors import ConfigError
+from remoe.moe import MoE
+
+REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shard_model(
+    model: nn.Module, meshes: Meshes, parallel: ParallelConfig, param_dtype: torch.dtype | None
+) -> None:  # fmt: skip
+    """Spread the parameters of a ReMoEForCausalLM over the ranks, in place; names stay as they are.
+
+    A gradient is then the sum over ranks, not the mean: each rank's loss is its share of the batch's.
+    """
+    units = Units(parallel, param_dtype)
+    for layer in model.model.layers:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+        units.add(layer.self_attn, meshes.data)
+        units.add(*_mlp(layer.mlp, meshes))
+    units.param_dtype = None
+    units.add(model, meshes.data)
+    model.register_forward_hook(_forget_gathered)
+
+
+class Units:
+    """Makes FSDP units, all of one kind."""
+
+    def __init__(self, parallel: ParallelConfig, param_dtype: torch.dtype | None) -> None:
+        self.parallel = parallel
+        self.param_dtype = param_dtype
+
+    def add(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        """Make `module`, less what is in units already, a unit over `mesh`."""
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.param_dtype, reduce_dtype=REDUCE[self.parallel.reduce], cast_forward_inputs=False
+        )
+        reshard = None if self.parallel.reshard else False
+        unit = fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=shard_dim_on(mesh)
+        )
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other, and by 1 nothing is divided twice
+
+
+def _mlp(mlp: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:
+    if not isinstance(mlp, MoE):
+        return mlp, meshes.data
+    if meshes.expert is None or meshes.expert_data is None:
+        return mlp.experts, meshes.data
+    share_experts(mlp, meshes.expert)
+    return mlp.experts, meshes.expert_data
+
+
+def shard_dim_on(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+    """Where a parameter is cut: the first dimension, or where its rows (experts) do not suit the ranks, a later one."""
+    ranks = mesh.size(-1)
+
+    def dim(parameter: nn.Parameter) -> Shard:
+        is_shared = isinstance(parameter, DTensor)  # its first dimension is cut over the expert ranks already
+        if not is_shared and (parameter.ndim < 3 or parameter.shape[0] % ranks == 0):
+            return Shard(0)
+        even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % ranks == 0]
+        if even:
+            return Shard(even[0])
+        if not is_shared:
+            return Shard(0)
+        raise ConfigError(
+            f"experts of shape {list(parameter.shape)} cannot be shared by the {ranks} ranks that have the same ones: "
+            "no dimension after the first is a multiple of that; change parallel.expert or parallel.data_shard"
+        )
+
+    return dim
+
+
+def _forget_gathered(model: nn.Module, inputs: Any, output: Any) -> None:
+    """After a forward pass without a backward pass the root, which a backward pass frees, would stay gathered."""
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

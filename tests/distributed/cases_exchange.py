@@ -1,0 +1,120 @@
+"""An MoE layer whose experts two ranks share, beside the same layer with all tokens in one place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from remoe.distributed import expert_parallel
+from remoe.distributed.expert_parallel import share_experts
+from remoe.moe import MoE, MoEConfig, RouterContext, Routing
+
+EXPERTS, HIDDEN = 4, 8
+OPEN = {
+    "mixed": [[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1]],
+    "an expert without tokens": [[1, 0, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1]],
+    "all closed on the first rank": [[0, 0, 0, 0]] * 3 + [[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]],
+    "all closed on the last rank": [[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]] + [[0, 0, 0, 0]] * 3,
+    "no token for the last rank": [[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]] * 2,
+    "no token for either rank": [[0, 0, 0, 0]] * 6,
+    "all open": [[1, 1, 1, 1]] * 6,
+}
+"""Routing maps of six tokens, three a rank; experts 0 and 1 are on the first rank."""
+
+
+class GivenRouter(nn.Module):
+    """Opens the gates it was given, with values that are learned."""
+
+    state_size, penalty = 0, "none"
+
+    def __init__(self, map_TE: Tensor, gates_TE: Tensor) -> None:
+        super().__init__()
+        self.map_TE = map_TE
+        self.gates_TE = nn.Parameter(gates_TE)
+
+    def forward(self, hidden_TH: Tensor, context: RouterContext | None = None) -> Routing:
+        return Routing(self.gates_TE.masked_fill(~self.map_TE, 0), self.map_TE)
+
+
+def layer(map_TE: Tensor, gates_TE: Tensor, router: str = "relu") -> MoE:
+    """A layer with the same experts on each call."""
+    torch.manual_seed(5)
+    config = MoEConfig(hidden_size=HIDDEN, intermediate_size=6, num_experts=EXPERTS, top_k=1, router=router)
+    moe = MoE(config)
+    for parameter in moe.experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    moe.router = GivenRouter(map_TE, gates_TE)
+    return moe
+
+
+def run(moe: MoE, hidden_BSH: Tensor, grad_BSH: Tensor) -> dict[str, Tensor]:
+    """Output and gradients."""
+    hidden_BSH = hidden_BSH.clone().requires_grad_()
+    out_BSH, _ = moe(hidden_BSH)
+    out_BSH.backward(grad_BSH)
+    assert hidden_BSH.grad is not None
+    gradients = {f"expert {name}": parameter.grad for name, parameter in moe.experts.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values()), "an expert without rows has no gradient"
+    return {"out": out_BSH[0], "hidden": hidden_BSH.grad[0], "gates": moe.router.gates_TE.grad} | gradients
+
+
+def compare(open_TE: list[list[int]], own: slice) -> dict[str, Any]:
+    """Largest differences between the shared layer and the one with all tokens; whether a second run has its bits."""
+    torch.manual_seed(6)
+    map_TE, gates_TE = torch.tensor(open_TE).bool(), torch.rand(len(open_TE), EXPERTS)
+    gates_TE[0, 0] = 0.0  # open, though its value is 0: it has a gradient all the same
+    hidden_TH, grad_TH = torch.randn(len(open_TE), HIDDEN), torch.randn(len(open_TE), HIDDEN)
+    expected = run(layer(map_TE, gates_TE), hidden_TH[None], grad_TH[None])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+
+    def shared() -> dict[str, Tensor]:
+        moe = layer(map_TE[own], gates_TE[own])
+        share_experts(moe, mesh)
+        return run(moe, hidden_TH[None, own], grad_TH[None, own])
+
+    found, again = shared(), shared()
+    differences = {}
+    for name, value in found.items():
+        if name.startswith("expert"):
+            value, again[name] = value.full_tensor(), again[name].full_tensor()  # pyright: ignore
+            differences[name] = (value - expected[name]).abs().max().item()
+        else:
+            differences[name] = (value - expected[name][own]).abs().sum().item()
+        differences[f"{name} again"] = (value - again[name]).abs().sum().item()
+    return differences
+
+
+def exchange() -> dict[str, Any]:
+    """Each routing map of OPEN."""
+    own = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    return {name: compare(open_TE, own) for name, open_TE in OPEN.items()}
+
+
+def uneven() -> dict[str, Any]:
+    """Ranks with different numbers of tokens, one of them with none at all."""
+    own = slice(0, 0) if dist.get_rank() == 0 else slice(0, 6)
+    return compare(OPEN["mixed"], own)
+
+
+def rows_sent() -> dict[str, Any]:
+    """How many hidden rows the first rank sends, forward and back, for tokens with two experts on each rank."""
+    rows: list[int] = []
+    exchange_rows = expert_parallel.exchange_rows
+
+    def counting(rows_MX: Tensor, splits: Any, group: Any) -> Tensor:
+        if rows_MX.shape[1] == HIDDEN:
+            rows.append(len(rows_MX))
+        return exchange_rows(rows_MX, splits, group)
+
+    expert_parallel.exchange_rows = counting
+    try:
+        compare(OPEN["all open"], slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3))
+    finally:
+        expert_parallel.exchange_rows = exchange_rows
+    return {"rows": rows}
+
+
+CASES: dict[str, Callable[[], Any]] = {"exchange": exchange, "uneven": uneven, "rows_sent": rows_sent}

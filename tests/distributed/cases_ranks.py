@@ -1,0 +1,59 @@
+"""What the trainer asks of its ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from remoe.distributed import launch
+from remoe.distributed.config import ParallelConfig, resolve_parallel
+from remoe.distributed.ranks import DataRanks
+from remoe.errors import ConfigError
+
+
+def ranks(**sizes: Any) -> DataRanks:
+    """The ranks of a run on all processes."""
+    return DataRanks(resolve_parallel(ParallelConfig(**sizes), launch.world_size()), torch.device("cpu"))
+
+
+def sums() -> dict[str, Any]:
+    """Sums of an integer that no float holds, of a float, and of a vector."""
+    own = ranks()
+    big = torch.tensor(2**53 + own.index)
+    values = {"big": big, "half": torch.tensor(0.5), "vector": torch.arange(3) * (own.index + 1)}
+    return {name: value.tolist() for name, value in own.total(values).items()}
+
+
+def agreement() -> list[int]:
+    """Labels of the whole batch, and a signal that the last rank alone got."""
+    own = ranks()
+    return list(own.agree(10 + own.index, 15 if own.index == own.size - 1 else 0))
+
+
+def rows() -> list[list[int]]:
+    """Rows of a batch of 8 in micro-batches of 2 a rank."""
+    return [list(range(8))[part] for part in ranks().rows(8, 2)]
+
+
+def first_alone() -> list[Any]:
+    """An action's result, its mistake, and on which rank it ran."""
+    own, ran = ranks(), []
+
+    def act() -> str:
+        ran.append(own.index)
+        return "result"
+
+    def fail() -> None:
+        raise ConfigError("key is wrong")
+
+    result = own.on_first(act)
+    try:
+        own.on_first(fail)
+    except ConfigError as error:
+        return [result, str(error), ran]
+    return [result, None, ran]
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "sums": sums, "agreement": agreement, "rows": rows, "first_alone": first_alone,
+}  # fmt: skip

@@ -1,0 +1,59 @@
+"""The `parallel:` section and what does not fit it."""
+
+import pytest
+
+from remoe.config import from_dict
+from remoe.distributed.config import ParallelConfig, check_batch, check_experts, resolve_parallel
+from remoe.errors import ConfigError
+
+
+def resolved(world_size: int, **sizes: int | str) -> ParallelConfig:
+    return resolve_parallel(from_dict(ParallelConfig, sizes), world_size)
+
+
+def test_shards_are_what_copies_leave():
+    assert resolved(8).data_shard == 8
+    assert resolved(8, data_replicate=2).data_shard == 4
+    assert resolved(8, data_replicate=2, data_shard=4, expert=4).data_ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "message"),
+    [
+        (4, {"data_replicate": 3}, "must divide the number of processes, which is 4"),
+        (4, {"data_replicate": 2, "data_shard": 4}, r"2 \* 4 = 8, must be the number of processes, which is 4"),
+        (1, {"data_shard": 2}, "start torchrun with --nproc-per-node 2"),
+        (4, {"expert": 3}, "parallel.expert is 3, must divide parallel.data_shard = 4"),
+        (4, {"data_replicate": 4, "expert": 2}, "parallel.expert is 2, must divide parallel.data_shard = 1"),
+        (2, {"data_shard": "all"}, "must be auto or a number"),
+        (2, {"data_shard": 0}, "parallel.data_shard is 0, must be at least 1"),
+        (2, {"tensor": 2}, "parallel.tensor is 2, must be 1"),
+        (2, {"pipeline": 2}, "parallel.pipeline is 2, must be 1"),
+        (2, {"context": 2}, "parallel.context is 2, must be 1"),
+        (2, {"expert": 0}, "parallel.expert is 0, must be at least 1"),
+        (2, {"reduce": "fp8"}, "must be one of fp32, bf16"),
+        (2, {"timeout": 0}, "above 0"),
+        (2, {"experts": 2}, "did you mean 'expert'"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_key(world_size: int, sizes: dict[str, int | str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        resolved(world_size, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "kind", "message"),
+    [(0, "grouped", "no layer of this model has experts"), (6, "grouped", "must divide"), (8, "merged", "lory")],
+)
+def test_experts_that_cannot_be_shared_are_refused(num_experts: int, kind: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_experts(resolved(4, expert=4), num_experts, kind)
+
+
+def test_a_batch_is_shared_evenly():
+    assert check_batch(resolved(4), 16, None) == 4
+    assert check_batch(resolved(4), 16, 2) == 2
+    with pytest.raises(ConfigError, match="multiple of the 4 data ranks"):
+        check_batch(resolved(4), 10, None)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size is 3, must divide"):
+        check_batch(resolved(4), 16, 3)

@@ -1,0 +1,41 @@
+"""Expert parallelism of one layer on two processes: cases_exchange.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases_exchange import OPEN
+from tests.distributed.test_ranks import CASES
+
+pytestmark = pytest.mark.xdist_group("distributed")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def results(results_of: Callable[..., Any]) -> dict[str, Any]:
+    return results_of(2, *CASES)
+
+
+@pytest.mark.parametrize("routing", OPEN)
+def test_shared_experts_give_the_output_and_gradients_of_one_process(results: dict[str, Any], routing: str):
+    for rank in results["exchange"]:
+        wrong = {name: value for name, value in rank[routing].items() if not value < TOLERANCE}
+        assert not wrong
+
+
+@pytest.mark.parametrize("routing", OPEN)
+def test_a_second_exchange_has_the_same_bits(results: dict[str, Any], routing: str):
+    for rank in results["exchange"]:
+        assert {name: value for name, value in rank[routing].items() if name.endswith("again") and value != 0} == {}
+
+
+def test_a_rank_without_any_token_still_works_for_the_other(results: dict[str, Any]):
+    for rank in results["uneven"]:
+        assert all(value < TOLERANCE for value in rank.values())
+
+
+def test_a_token_goes_to_a_rank_once_though_two_experts_there_want_it(results: dict[str, Any]):
+    three_tokens_to_two_ranks_and_back = [6, 6]
+    for rank in results["rows_sent"]:
+        assert rank["rows"] == three_tokens_to_two_ranks_and_back * 2  # the layer ran twice

@@ -1,0 +1,39 @@
+"""One process of several: `torchrun --nproc-per-node N worker.py OUTPUT CASE…` writes what each case returned.
+
+A case returns plain values on every rank; OUTPUT holds a list of them, rank by rank.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from remoe.distributed import launch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases_exchange
+import cases_ranks
+
+CASES: dict[str, Callable[[], Any]] = {**cases_exchange.CASES, **cases_ranks.CASES}
+
+
+def main() -> None:
+    """Run the cases in turn."""
+    output, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.manual_seed(0)
+    with launch.process_group(torch.device("cpu"), timeout_seconds=30):
+        results = {}
+        for name in names:
+            everyone: list[Any] = [None] * launch.world_size()
+            dist.all_gather_object(everyone, CASES[name]())
+            results[name] = everyone
+    if launch.rank() == 0:
+        output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
