@@ -7,6 +7,7 @@ from remoe.config import from_dict, to_dict
 from remoe.errors import ConfigError
 from remoe.model.size import flops_per_sequence, parameter_count
 from remoe.recipes import about, load, names, read_config, show
+from remoe.recipes.results import differences
 from remoe.training.config import TrainConfig
 
 # ReMoE spec §3
@@ -20,10 +21,20 @@ BY_EXPERTS = {
 BY_GRANULARITY = {
     2: 777_161_472, 4: 777_308_928, 8: 777_603_840, 16: 778_193_664, 32: 779_373_312, 64: 781_732_608,
 }  # fmt: skip
+BASELINES = {
+    "lory": {"model.router": {"name": "lory", "segment_length": 256}},
+    "sparsemixer": {"model.router": {"name": "sparsemixer", "jitter": 0.01}},
+    "expert-choice": {"model.router": "expert_choice"},
+    "warmup": {"model.router": {"name": "topk", "warmup_steps": 100, "warmup_top_k": 6}},
+    "topk-unbalanced": {"losses.load_balancing_coef": 0.0},
+    "relu-unbalanced": {"model.router": "relu", "sparsity.load_balanced": False},
+}
 TOTALS = (
     {f"remoe-{size}-dense": total for size, total in DENSE.items()}
     | {f"remoe-{size}-{router}": total for size, total in MOE.items() for router in ("topk", "relu")}
     | {"remoe-182m-dense-x8": 777_014_016}
+    | {"remoe-182m-hash": 777_014_016}  # no router to count
+    | {f"remoe-182m-{router}": MOE["182m"] for router in BASELINES}
     | {f"remoe-182m-e{e}-{router}": total for e, total in BY_EXPERTS.items() for router in ("topk", "relu")}
     | {f"remoe-182m-k2-{router}": MOE["182m"] for router in ("topk", "relu")}
     | {f"remoe-182m-g{g}-{router}": total for g, total in BY_GRANULARITY.items() for router in ("topk", "relu")}
@@ -57,7 +68,14 @@ def test_full_size_recipe_trains_as_the_paper_does(name):
     assert (config.model.vocab_size, config.model.init_std, config.model.rope_theta) == (51_200, 0.01, 1_000_000)
     assert (config.train.precision, config.train.micro_batch_size) == ("bf16", 16)
     assert (config.sparsity.init, config.sparsity.multiplier, config.sparsity.mode) == (1e-8, 1.2, "paper")
-    assert config.losses.load_balancing_coef == 0.01
+    assert config.losses.load_balancing_coef == (0.0 if name == "remoe-182m-topk-unbalanced" else 0.01)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_remoes_baseline_differs_from_top_k_in_what_it_is(name):
+    topk, own = (to_dict(read_config(f"remoe-182m-{router}")) for router in ("topk", name))
+    changed = {key: after for key, (_, after) in differences(topk, own).items() if key != "name"}
+    assert changed == BASELINES[name]
 
 
 @pytest.mark.parametrize("family", ["demo", "pile6", "wiki100"])
