@@ -13,6 +13,7 @@ COMMANDS = (
     "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "bench", "runs",
     "recipes",
 )  # fmt: skip
+SUBCOMMANDS = ("bench layer", "bench model", "bench decode", "runs diff", "recipes show")
 
 
 @pytest.fixture(name="cli")
@@ -25,7 +26,7 @@ def test_help_names_every_command_and_no_other(cli):
     assert {line.split()[0] for line in listed.strip().splitlines()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench layer", "runs diff", "recipes show"])
+@pytest.mark.parametrize("command", [*COMMANDS, *SUBCOMMANDS])
 def test_help_of_each_command_has_an_example(cli, command):
     outcome = cli(*command.split(), "--help")
     assert outcome.code == 0

@@ -23,12 +23,11 @@ _WIDTH, _BAR, _GAP, _EDGES = 8.6, 0.2, 0.16, 1.35  # inches
 
 
 class Bar(NamedTuple):
-    """One measured time beside the limit."""
+    """One measurement beside the limit."""
 
     group: str
     series: str
     colour: str
-    milliseconds: float
     share: float
     """Of the limit: 1 is as fast as the machine allows."""
     label: str
@@ -48,19 +47,68 @@ def check_chart_path(path: Path | None) -> None:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw a benchmark's results, as `Results.to_dict` gives them or a file holds them."""
-    {"layer": draw_layer}[results["benchmark"]](results, path)
+    {"layer": _draw_layer, "model": _draw_model, "decode": _draw_decode}[results["benchmark"]](results, path)
 
 
-def draw_layer(results: Mapping[str, Any], path: Path) -> None:
-    """Bars of forward and backward per shape: ours and the best peer, with variable and with fixed counts."""
+def _draw_layer(results: Mapping[str, Any], path: Path) -> None:
+    note = f"100 % = the machine's limit: {_limit_words(results)}, whichever binds"
+    _draw(layer_bars(results["rows"]), path, f"One MoE layer, forward and backward ({_machine(results)})", note)
+
+
+def _draw_model(results: Mapping[str, Any], path: Path) -> None:
+    note = f"100 % = the machine's limit: {results['limits']['matmul_tflops']:.3g} TFLOP/s in a large matrix product"
+    bars = model_bars(results["rows"], results["limits"]["matmul_tflops"])
+    _draw(bars, path, f"Training ({_machine(results)})", note)
+
+
+def _draw_decode(results: Mapping[str, Any], path: Path) -> None:
+    note = f"100 % = the machine's limit: {_limit_words(results)}, reading only the weights of experts in use"
+    _draw(decode_bars(results["rows"]), path, f"Generating text ({_machine(results)})", note)
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    return f"{', '.join(results['gpus']) or results['processor']}, {results['dtype']}"
+
+
+def _limit_words(results: Mapping[str, Any]) -> str:
     limits = results["limits"]
-    device = ", ".join(results["gpus"]) or results["processor"]
-    title = f"One MoE layer, forward and backward ({device}, {results['dtype']})"
-    note = (
-        f"100 % = the machine's limit: {limits['matmul_tflops']:.3g} TFLOP/s in a large matrix product "
-        f"or {limits['copy_gb_per_second'] / 1000:.3g} TB/s, whichever binds"
-    )
-    _draw(layer_bars(results["rows"]), path, title, note)
+    copy = limits["copy_gb_per_second"] / 1000
+    return f"{limits['matmul_tflops']:.3g} TFLOP/s in a large matrix product or {copy:.3g} TB/s in a copy"
+
+
+def model_bars(rows: Sequence[Row], limit_tflops: float) -> list[Bar]:
+    """Steady-state training: ReLU, Top-K and each peer, by the FLOPs of their nominal top_k."""
+    steady = [row for row in rows if row.get("phase") == "steady" and row.get("model_tflops")]
+    return [
+        Bar(row["model"], *_arm(row), row["model_tflops"] / limit_tflops, _speed(row))
+        for row in sorted(steady, key=lambda row: row["model"])
+    ]
+
+
+def decode_bars(rows: Sequence[Row]) -> list[Bar]:
+    """Prefill and decoding at each batch: ReLU, Top-K and each peer."""
+    measured = [row for row in rows if row.get("tokens_per_second")]
+    bars = [
+        Bar(
+            f"{row['model']}\n{row['phase']}, batch {row['batch']}",
+            *_arm(row),
+            row["tokens_per_second"] / row["limit_tokens_per_second"],
+            _speed(row),
+        )
+        for row in measured
+    ]
+    return sorted(bars, key=lambda bar: bar.group)
+
+
+def _arm(row: Row) -> tuple[str, str]:
+    colours = {"relu": "ours", "topk": "ours_light"}
+    names = {"relu": "remoe, ReLU", "topk": "remoe, Top-K"}
+    name = row["candidate"]
+    return names.get(name, "transformers"), colours.get(name, "peer")
+
+
+def _speed(row: Row) -> str:
+    return f"{row['tokens_per_second']:,.0f} tokens/s" + (f"  {row['candidate']}" if row["kind"] == "peer" else "")
 
 
 def layer_bars(rows: Sequence[Row]) -> list[Bar]:
@@ -87,7 +135,7 @@ def _best(rows: Sequence[Row]) -> list[Row]:
 def _bar(row: Row, series: str, colour: str) -> Bar:
     milliseconds = row["forward_backward_ms"]
     label = f"{milliseconds:.2f} ms" + (f"  {row['candidate']}" if row["kind"] == "peer" else "")
-    return Bar(_group(row), series, colour, milliseconds, row["floor_ms"] / milliseconds, label)
+    return Bar(_group(row), series, colour, row["floor_ms"] / milliseconds, label)
 
 
 def _group(row: Row) -> str:

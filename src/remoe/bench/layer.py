@@ -21,7 +21,7 @@ from remoe.bench.numerics import TENSORS, Expected, errors, expected, of_another
 from remoe.bench.ours import Builder, Forward
 from remoe.bench.problem import Problem, Routing
 from remoe.bench.profile import profile
-from remoe.bench.results import Results, Row, Show
+from remoe.bench.results import Results, Row, Show, first_line
 from remoe.bench.shapes import LayerShape
 
 PROFILES = "profile"
@@ -135,7 +135,7 @@ class _ShapeBench:
         except peers.NotApplicable as reason:
             return {"note": str(reason)}
         except Exception as error:  # noqa: BLE001 - peers fail in all ways; the others still count
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            message = first_line(error)
             if candidate.kind != "ours":
                 return {"error": message}
             return {

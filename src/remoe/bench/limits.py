@@ -6,6 +6,8 @@ import torch
 
 from remoe.bench.clock import Clock, free
 from remoe.bench.shapes import LayerShape
+from remoe.model import ReMoEConfig
+from remoe.model.size import flops_per_token, parameter_count
 
 _SIDE = {"cuda": 8192, "cpu": 1024}
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
@@ -52,3 +54,35 @@ def _copy_gb_per_second(clock: Clock) -> float:
     source = torch.zeros(_COPY_BYTES[clock.device.type], dtype=torch.int8, device=clock.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / clock.median_ms(lambda: target.copy_(source)) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLimits:
+    """The most tokens a second of a model in inference: its products at the matmul rate, or its bytes read once."""
+
+    limits: Limits
+    config: ReMoEConfig
+
+    def prefill(self) -> float:
+        """Many tokens at once: bound by products. As `flops_per_token` counts, a third of it is the forward pass."""
+        return self.limits.matmul_tflops * 1e12 / self._flops()
+
+    def decode(self, batch: int, context: int) -> float:
+        """One token of each of `batch` texts: the weights of the experts that their tokens use together, and caches.
+
+        With k of E experts a token, evenly, E (1 - (1 - k/E)^batch) experts of a layer are read.
+        """
+        moe, count = self.config.moe, parameter_count(self.config)
+        an_expert = (count.total - count.active) / max(1, moe.num_experts - moe.top_k)
+        used = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
+        weights = count.active + an_expert * (used - moe.top_k) - self._embedding()
+        cache = 2 * batch * context * self.config.num_layers * self.config.kv_heads * self.config.head_width
+        reading = (weights + cache) * self.limits.bytes_a_number / self.limits.copy_gb_per_second / 1e9
+        return batch / max(reading, batch * self._flops() / self.limits.matmul_tflops / 1e12)
+
+    def _flops(self) -> float:
+        return flops_per_token(self.config, 1) / 3
+
+    def _embedding(self) -> int:
+        """A table of which a token reads one row; a tied one is read as the head."""
+        return 0 if self.config.tie_embeddings else (self.config.vocab_size or 0) * self.config.hidden_size

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from remoe.bench.problem import Problem, Routing
-from remoe.errors import ConfigError, one_of
 from remoe.moe.dispatch import plan
 from remoe.moe.experts import GroupedExperts
 
@@ -29,14 +28,9 @@ def capacity(problem: Problem, routing: Routing) -> Forward:
 COLUMNS: dict[str, Builder] = {"remoe": exact, "remoe_capacity": capacity}
 
 
-def columns_named(names: list[str], device: torch.device) -> list[str]:
-    """The columns of these names; without names, all that differ on the device: a CPU never waits."""
-    if not names:
-        return list(COLUMNS) if device.type == "cuda" else ["remoe"]
-    for name in names:
-        if name not in COLUMNS:
-            raise ConfigError(f"--ours has {name!r}, {one_of(name, list(COLUMNS))}")
-    return names
+def default_columns(device: torch.device) -> list[str]:
+    """All that differ on the device: a CPU never waits."""
+    return list(COLUMNS) if device.type == "cuda" else ["remoe"]
 
 
 def _layer(problem: Problem, routing: Routing, rows: int | None) -> Forward:

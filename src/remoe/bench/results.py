@@ -55,6 +55,11 @@ class Results:
         return {**self.about, "rows": [rounded(row) for row in self.rows]}
 
 
+def first_line(error: Exception) -> str:
+    """What a failed row says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def rounded(row: Mapping[str, Any]) -> Row:
     """The row with five significant digits: more is noise in a clock."""
     return {key: _rounded(value) for key, value in row.items() if value is not None}

@@ -20,17 +20,13 @@ def console() -> Console:
 
 def layer_table(results: Results) -> Table:
     """One line a candidate and routing, shapes apart; times in ms."""
-    table = Table(title=_layer_title(results), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("shape", "routing", "candidate"):
-        table.add_column(column, no_wrap=True)
-    for column in ("fwd", "fwd+bwd", "TFLOP/s", "of limit", "held GiB", "peak GiB", "error", "first s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
+    names = ("fwd", "fwd+bwd", "TFLOP/s", "of limit", "held GiB", "peak GiB", "error", "first s")
+    table = _table(_title(results), ("shape", "routing", "candidate"), names)
     previous = None
     for row in results.rows:
         if previous is not None and row["shape"] != previous:
             table.add_section()
-        table.add_row(*_layer_cells(row), style="bold" if row.get("kind") == "ours" else None)
+        _add(table, row, _layer_cells(row))
         previous = row["shape"]
     return table
 
@@ -54,7 +50,105 @@ def profile_table(row: Row) -> Table:
     return table
 
 
-def _layer_title(results: Results) -> str:
+def model_table(results: Results) -> Table:
+    """Training: one line a model, phase and candidate; then ReLU's ratios."""
+    names = ("step ms", "tokens/s", "model TFLOP/s", "MFU", "density", "peak GiB", "micro-batch", "first s")
+    table = _table(_title(results), ("model", "phase", "candidate"), names)
+    for row in results.rows:
+        if row.get("kind") != "ratio":
+            _add(table, row, _model_cells(row))
+    return table
+
+
+def ratio_lines(results: Results) -> list[str]:
+    """What ReLU costs over Top-K, in words."""
+    return [_ratio_line(row) for row in results.rows if row.get("kind") == "ratio"]
+
+
+def _ratio_line(row: Row) -> str:
+    line = (
+        f"{row['model']}: ReLU at {row['speed']:.3f} of Top-K's tokens/s; a dense first step takes "
+        f"{row['start_step']:.2f} steady ones, so Stages I and II add at most {row['stages_extra_time']:.2%} to a run"
+    )
+    if "start_peak" not in row:
+        return line
+    peaks = f"{row['start_peak']:.2f} of its steady state's, {row['start_peak_over_topk']:.2f} of Top-K's"
+    return f"{line}; its peak memory is {peaks}"
+
+
+def decode_table(results: Results) -> Table:
+    """Inference: one line a model, phase, batch and candidate."""
+    names = ("batch", "tokens/s", "ms/token", "of limit", "density")
+    table = _table(_title(results), ("model", "phase", "candidate"), names)
+    for row in results.rows:
+        _add(table, row, _decode_cells(row))
+    return table
+
+
+def model_line(row: Row) -> str:
+    """A row of a model's training or inference as it is measured."""
+    if row.get("kind") == "ratio":
+        return _ratio_line(row)
+    speed = _number(row.get("tokens_per_second"), ",.0f")
+    where = f"{row.get('phase', '')} {row.get('batch', '')}".strip()
+    return f"{row['model']:20} {where:12} {row.get('candidate', ''):24} {speed:>12} tokens/s  {_note(row)}".rstrip()
+
+
+def _model_cells(row: Row) -> Sequence[str]:
+    micro_batch, accumulation = row.get("micro_batch"), row.get("accumulation")
+    return (
+        row["model"],
+        row.get("phase", ""),
+        row.get("candidate", ""),
+        _number(row.get("step_ms"), ",.1f"),
+        _number(row.get("tokens_per_second"), ",.0f"),
+        _number(row.get("model_tflops"), ".3g"),
+        _number(row.get("mfu"), ".1%"),
+        _number(row.get("density"), ".4f"),
+        _number(_gib(row.get("peak_bytes")), ".2f"),
+        f"{micro_batch} x {accumulation}" if micro_batch else "",
+        _number(row.get("first_step_seconds"), ".1f"),
+        _note(row),
+    )
+
+
+def _decode_cells(row: Row) -> Sequence[str]:
+    speed, limit = row.get("tokens_per_second"), row.get("limit_tokens_per_second")
+    return (
+        row["model"],
+        row.get("phase", ""),
+        row.get("candidate", ""),
+        str(row.get("batch", "")),
+        _number(speed, ",.0f"),
+        _number(row.get("ms_per_token"), ".3f"),
+        _number(speed / limit if speed and limit else None, ".0%"),
+        _number(row.get("density"), ".4f"),
+        _note(row),
+    )
+
+
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in words:
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold")
+    return table
+
+
+def _add(table: Table, row: Row, cells: Sequence[str]) -> None:
+    table.add_row(*cells, style="bold" if row.get("kind") == "ours" else None)
+
+
+def _note(row: Row) -> str:
+    if row.get("mismatches") and "error" not in row:
+        return "DIFFERS"
+    implementation = row.get("experts_implementation")
+    return row.get("error", row.get("note", f"experts: {implementation}" if implementation else ""))
+
+
+def _title(results: Results) -> str:
     limits, about = results.about["limits"], results.about
     device = ", ".join(about["gpus"]) or f"{about['processor']}, {about['threads']} threads"
     return (
@@ -77,7 +171,7 @@ def _layer_cells(row: Row) -> Sequence[str]:
         _number(_gib(row.get("peak_bytes")), ".2f"),
         _error(row),
         _number(row.get("first_call_seconds"), ".1f"),
-        "DIFFERS" if row.get("mismatches") and "error" not in row else row.get("error", row.get("note", "")),
+        _note(row),
     )
 
 

@@ -12,7 +12,6 @@ from typing import cast
 from torch import Tensor
 
 from remoe.bench.problem import Problem, Routing
-from remoe.errors import ConfigError, one_of
 
 Forward = Callable[[], Tensor]
 Builder = Callable[[Problem, Routing], Forward]
@@ -40,18 +39,6 @@ CEILING = "dense"
 
 class NotApplicable(Exception):  # noqa: N818 - not an error: a peer that has no path for a routing
     """Why a peer cannot take part."""
-
-
-def peers_named(names: list[str]) -> list[str]:
-    """The peers of these names; `all` stands for every one, `none` for none."""
-    if names == ["all"]:
-        return list(PEERS)
-    if names == ["none"]:
-        return []
-    for name in names:
-        if name not in PEERS:
-            raise ConfigError(f"--peers has {name!r}, {one_of(name, [*PEERS, 'all', 'none'])}")
-    return names
 
 
 def missing(name: str) -> str | None:

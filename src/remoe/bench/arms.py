@@ -1,0 +1,131 @@
+"""Models in training that take optimizer steps in turn."""
+
+import gc
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from remoe.data import Batch
+from remoe.model import ReMoEForCausalLM
+from remoe.training.config import TrainConfig
+from remoe.training.step import Stepper
+
+
+class Arm(Protocol):
+    """Something that trains."""
+
+    name: str
+
+    def step(self) -> dict[str, Any]:
+        """Take one optimizer step; what it measured, if anything, still on the device."""
+        ...
+
+
+class OurArm:
+    """A native model under the trainer's own step, at a learning rate of 0: routing stays as it was set."""
+
+    def __init__(self, name: str, stepper: Stepper, batch: Batch) -> None:
+        self.name, self.stepper, self.batch = name, stepper, batch
+        self._steps = 0
+
+    def step(self) -> dict[str, Any]:
+        """One step on the arm's own batch."""
+        return self.step_on(self.batch)
+
+    def step_on(self, batch: Batch) -> dict[str, Any]:
+        """One step on this batch."""
+        self._steps += 1
+        return self.stepper.run(batch, self._steps)
+
+
+def stepper_of(config: TrainConfig, model: ReMoEForCausalLM, device: torch.device) -> Stepper:
+    """Model, optimizer and controller."""
+    return Stepper(config, model, device)
+
+
+def twin_stepper(config: TrainConfig, twin: ReMoEForCausalLM, first: Stepper) -> Stepper:
+    """The step of a twin, which shares its parameters' AdamW state with the first model's too: twice would not fit."""
+    shared = [parameter for parameter in first.model.parameters() if parameter.requires_grad]
+    _require_grad(shared, False)
+    stepper = Stepper(config, twin, first.device)
+    _require_grad(shared, True)
+    for group in stepper.optimizer.param_groups:
+        first.optimizer.add_param_group(group)
+    first.optimizer.state.update(stepper.optimizer.state)
+    stepper.optimizer = first.optimizer
+    return stepper
+
+
+class TransformersArm:
+    """A Mixtral of the same sizes, compiled, trained as one would by hand: AdamW (fused), clipping, autocast.
+
+    With `precision` bf16 it holds weights, gradients and moments in bf16: less memory and traffic than fp32 masters,
+    and the only way that torch compiles grouped_mm.
+    """
+
+    def __init__(
+        self, name: str, config: TrainConfig, batch: Batch, implementation: str | None, precision: str
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.batch, self.precision = name, config, batch, precision
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = mixtral(config, implementation, self.device)
+        if precision == "bf16":
+            self.model.to(torch.bfloat16)
+        self.implementation = self.model.config._experts_implementation
+        self.forward = torch.compile(self.model) if config.train.compile else self.model
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, eps=optimizer.eps, fused=True)
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step with gradient accumulation."""
+        parts = self.batch.tokens_BS.split(self.config.train.micro_batch)
+        for part in parts:
+            tokens_BS = part.to(self.device, non_blocking=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
+                loss = self.forward(input_ids=tokens_BS, labels=tokens_BS, use_cache=False).loss
+            (loss / len(parts)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {}
+
+
+def mixtral(config: TrainConfig, implementation: str | None, device: torch.device) -> Any:
+    """transformers' Mixtral with the sizes of a config; None: the library's own choice of experts implementation."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = config.model
+    assert model.vocab_size is not None, "a benchmark's config is resolved"
+    settings: dict[str, Any] = {} if implementation is None else {"experts_implementation": implementation}
+    sizes = MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.moe.expert_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_width,
+        num_local_experts=model.moe.routed_experts,
+        num_experts_per_tok=model.moe.routed_top_k,
+        max_position_embeddings=max(4096, 2 * config.data.sequence_length),
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tie_embeddings,
+        **settings,
+    )
+    with device:
+        return MixtralForCausalLM(sizes)
+
+
+def _require_grad(parameters: Sequence[nn.Parameter], on: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(on)
+
+
+def collect_garbage() -> None:
+    """Drop what compiled graphs and models still hold."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,47 @@
+"""`remoe bench model`: whole models in training."""
+
+import sys
+from typing import Annotated
+
+from typer import Option
+
+from remoe.cli.bench_options import Chart, Configs, Deadline, Device, Json, Peers, finish, read_configs
+from remoe.cli.options import Overrides, words
+
+
+def model_command(
+    configs: Configs,
+    overrides: Overrides = None,
+    steps: Annotated[int, Option(help="optimizer steps that are timed", min=1)] = 8,
+    micro_batch: Annotated[int | None, Option(help="sequences a forward pass; default: the config's", min=1)] = None,
+    accumulation: Annotated[int, Option(help="forward passes an optimizer step", min=1)] = 16,
+    peers: Peers = "none",
+    compiled: Annotated[bool, Option("--compile/--no-compile", help="torch.compile ours and the peers")] = True,
+    device: Device = "auto",
+    json: Json = None,
+    chart: Chart = None,
+    deadline: Deadline = None,
+) -> None:
+    """Whole models in training: ReLU and Top-K in turn, at the dense start and in steady state, and transformers."""
+    from remoe.bench.chart import check_chart_path
+    from remoe.bench.model import PEERS, ModelBench, bench_model, with_sizes
+    from remoe.bench.settings import chosen
+    from remoe.bench.tables import model_line, model_table, ratio_lines
+    from remoe.training.setup import pick_device
+
+    check_chart_path(chart)
+    runs = {
+        name: with_sizes(run, micro_batch or run.train.micro_batch, accumulation, compiled)
+        for name, run in read_configs(configs, overrides).items()
+    }
+    config = ModelBench(
+        configs=runs,
+        peers=chosen("--peers", words(peers), PEERS),
+        device=pick_device(device),
+        steps=steps,
+        deadline_seconds=deadline,
+        path=json,
+        show=lambda row: print(model_line(row), file=sys.stderr),
+    )
+    results = bench_model(config)
+    finish(results, [model_table(results), *ratio_lines(results)], chart)
