@@ -7,7 +7,7 @@ import torch
 
 from remoe.distributed import launch
 from remoe.distributed.config import ParallelConfig, resolve_parallel
-from remoe.distributed.ranks import DataRanks
+from remoe.distributed.data_ranks import DataRanks
 from remoe.errors import ConfigError
 
 

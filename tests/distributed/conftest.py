@@ -14,16 +14,17 @@ WORKER = Path(__file__).parent / "worker.py"
 Results = dict[str, Any]
 
 
-def torchrun(num_processes: int, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    num_processes: int, *command: str, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python COMMAND` on so many processes of this machine, one thread each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *launcher, *command],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         check=False,
     )
 

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from remoe.distributed import launch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cases_checkpoint
 import cases_exchange
 import cases_ranks
 
-CASES: dict[str, Callable[[], Any]] = {**cases_exchange.CASES, **cases_ranks.CASES}
+CASES: dict[str, Callable[[], Any]] = {**cases_checkpoint.CASES, **cases_exchange.CASES, **cases_ranks.CASES}
 
 
 def main() -> None:
@@ -28,9 +29,10 @@ def main() -> None:
     with launch.process_group(torch.device("cpu"), timeout_seconds=30):
         results = {}
         for name in names:
-            everyone: list[Any] = [None] * launch.world_size()
-            dist.all_gather_object(everyone, CASES[name]())
-            results[name] = everyone
+            results[name] = everyone = [CASES[name]()]
+            if launch.world_size() > 1:
+                everyone *= launch.world_size()
+                dist.all_gather_object(everyone, everyone[0])
     if launch.rank() == 0:
         output.write_text(json.dumps(results))
 

@@ -1,6 +1,7 @@
 """Joining the other processes that torchrun (or a scheduler) started, and leaving them again."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from remoe.errors import ConfigError
+
+SETTLING_SECONDS = 0.1
+"""gloo's threads let go of the last tensors only now, for which they need Python: at its end they would abort it."""
 
 
 def world_size() -> int:
@@ -51,6 +55,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         yield
     finally:
         dist.destroy_process_group()
+        time.sleep(SETTLING_SECONDS)
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from remoe.distributed.ranks import Ranks
 from remoe.errors import CheckpointError, NoRoomError
 
 SCHEMA = 1
@@ -50,7 +51,7 @@ class Checkpoint(NamedTuple):
         if not self.path.is_dir():
             raise _removed(self.path)
         try:
-            with _single_process(), torch.no_grad():
+            with _own_errors(), torch.no_grad():
                 dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
         except (OSError, AssertionError) as error:  # torch asserts that it found something
             if self.path.is_dir():
@@ -60,25 +61,25 @@ class Checkpoint(NamedTuple):
             raise CheckpointError(f"checkpoint {self.path} does not fit this model: {error}") from error
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Checkpoint:
-    """Write `folder`/step_N for N = record["step"]; it appears there only when complete.
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], ranks: Ranks | None = None
+) -> Checkpoint:
+    """Write `folder`/step_N for N = record["step"]; it appears there only when complete. All ranks call this.
 
-    Raises NoRoomError where the disk is full or fails; what was there before is untouched then.
+    A DTensor is written by the ranks that hold its parts, a plain tensor (equal on all) by one of them. Raises
+    NoRoomError on all ranks where the disk of one is full or fails; what was there before is untouched then.
     """
+    ranks = ranks or Ranks()
     final = folder / f"step_{record['step']:08d}"
     partial = final.with_suffix(".tmp")
     try:
-        remove_partial(folder)
-        partial.mkdir(parents=True)
-        _write_tensors(partial, tensors)
-        _write_json(partial / RECORD, record)
-        _write_json(partial / MANIFEST, _manifest(partial))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(folder)
+        ranks.on_first(lambda: _begin(partial))
+        _write_tensors(partial, tensors, ranks)
+        files = ranks.gather(_entries(partial, ranks))
+        ranks.on_first(lambda: _complete(partial, final, record, files))
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise _storage_error(error, final) from error
     return Checkpoint(final, dict(record))
 
@@ -163,15 +164,30 @@ class NewerSchemaError(CheckpointError):
     """A checkpoint of a later version of remoe: nothing is wrong with it, so there is no falling back from it."""
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _begin(partial: Path) -> None:
+    remove_partial(partial.parent)
+    partial.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, record: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
+    _write_json(partial / RECORD, record)
+    entries = {name: entry for part in files for name, entry in part.items()} | {RECORD: _entry(partial / RECORD)}
+    _write_json(partial / MANIFEST, _manifest(dict(sorted(entries.items()))))
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     import torch.distributed.checkpoint as dcp
 
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(whole), save_distributed=True, enable_consolidation=False
     )
-    with _single_process(), _current_device_of(whole):
-        dcp.save(whole, storage_writer=writer, no_dist=True)
+    with _own_errors(), _current_device_of(whole):
+        dcp.save(whole, storage_writer=writer, no_dist=ranks.size == 1)
 
 
 def _current_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[object]:
@@ -195,7 +211,7 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def _own_errors() -> Iterator[None]:
     """Silence torch's notice of running without a process group, and unwrap what it wraps once for each rank."""
     from torch.distributed.checkpoint import CheckpointException
 
@@ -207,10 +223,16 @@ def _single_process() -> Iterator[None]:
             raise next(iter(error.failures.values()))[0] from error
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in sorted(folder.iterdir())
-    }
+def _entries(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """The manifest's entries of the files that this rank wrote: their names begin with its number, from 1."""
+    return {path.name: _entry(path) for path in folder.glob(f"shard-{ranks.index + 1:05d}-*")}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _file_digest(path)}
+
+
+def _manifest(files: Mapping[str, Any]) -> dict[str, Any]:
     manifest = {"schema": SCHEMA, "files": files}
     return manifest | {"sha256": _digest(json.dumps(manifest).encode())}
 

@@ -1,0 +1,87 @@
+"""Checkpoints that one number of processes writes and another reads, in any two layouts."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from remoe.distributed import launch
+from remoe.distributed.config import ParallelConfig, resolve_parallel
+from remoe.distributed.data_ranks import DataRanks
+from remoe.distributed.ranks import Ranks
+from remoe.model import ReMoEConfig, ReMoEForCausalLM
+from remoe.training import checkpoint
+from remoe.training.config import OptimizerConfig
+from remoe.training.optimizer import build_optimizer, optimizer_tensors
+from remoe.training.step import model_tensors
+
+SIZES = {"hidden_size": 12, "num_heads": 2, "num_layers": 2, "intermediate_size": 8, "num_experts": 4}
+"""Sizes of which some are no multiple of the number of ranks."""
+
+
+def tensors(seed: int, **parallel: Any) -> tuple[Ranks, dict[str, Tensor]]:
+    """A model's parameters and Adam state with values that are a function of the seed, spread over all processes."""
+    resolved = resolve_parallel(ParallelConfig(**parallel), launch.world_size())
+    ranks = DataRanks(resolved, torch.device("cpu")) if launch.world_size() > 1 else Ranks()
+    config = ReMoEConfig(vocab_size=33, router="recurrent_relu", **SIZES)  # pyright: ignore
+    model = ReMoEForCausalLM(config, seed=seed)
+    values = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
+    ranks.place(model, torch.device("cpu"), None)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    found = model_tensors(model) | optimizer_tensors(model, optimizer)
+    for name, value in values.items():
+        fill(found[f"{name}.exp_avg"], value)
+    return ranks, found
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Set a tensor, or this rank's part of it."""
+    if not isinstance(target, DTensor):
+        target.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    target.to_local().copy_(distribute_tensor(value, target.device_mesh, target.placements).to_local())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+LAYOUTS: dict[str, dict[str, int]] = {"shards": {}, "experts": {"expert": 2}, "copies": {"data_replicate": 2}}
+WITH_FOUR = {"copies with experts": {"data_replicate": 2, "expert": 2}, "all experts": {"expert": 4}}
+
+
+def layouts() -> dict[str, dict[str, int]]:
+    """Those that this number of processes can have, by name."""
+    size = launch.world_size()
+    return {"one process": {}} if size == 1 else LAYOUTS if size == 2 else LAYOUTS | WITH_FOUR
+
+
+def save() -> None:
+    """Write the values of seed 1 in each layout."""
+    for name, parallel in layouts().items():
+        ranks, values = tensors(1, **parallel)
+        folder = Path(os.environ["FOLDER"]) / f"{launch.world_size()} {name}"
+        checkpoint.write(folder, values, {"step": 3, "config": {}}, ranks)
+
+
+def load() -> dict[str, float]:
+    """Read what there is into models of another seed; the largest difference from the values of seed 1."""
+    differences = {}
+    for name, parallel in layouts().items():
+        expected = tensors(1, **parallel)[1]
+        for folder in sorted(Path(os.environ["FOLDER"]).iterdir()):
+            values = tensors(2, **parallel)[1]
+            checkpoint.read(folder / "step_00000003").load(values)
+            pairs = [(whole(values[key]), whole(expected[key])) for key in expected]
+            differences[f"{folder.name} -> {name}"] = max((a - b).abs().max().item() for a, b in pairs)
+    return differences
+
+
+CASES: dict[str, Callable[[], Any]] = {"save": save, "load": load}

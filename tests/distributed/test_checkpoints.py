@@ -1,0 +1,44 @@
+"""Checkpoints written by one number of processes in one layout and read by another: cases_checkpoint.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import WORKER, torchrun
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def run(folder: Path, num_processes: int, *cases: str) -> list[dict[str, Any]]:
+    """What the cases returned, rank by rank; the last one's."""
+    output = folder.parent / "results.json"
+    finished = torchrun(num_processes, str(WORKER), str(output), *cases, FOLDER=str(folder))
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(output.read_text())[cases[-1]]
+
+
+def check(everyone: list[dict[str, float]], written: int, read: int) -> None:
+    """Each layout was read from each, without a difference."""
+    for differences in everyone:
+        assert len(differences) == written * read
+        assert {name: value for name, value in differences.items() if value != 0.0} == {}
+
+
+def test_one_or_two_processes_read_what_one_or_two_wrote_in_any_layout(tmp_path: Path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    run(folder, 1, "save")
+    check(run(folder, 2, "save", "load"), written=4, read=3)
+    check(run(folder, 1, "load"), written=4, read=1)
+
+
+@pytest.mark.slow
+def test_four_processes_read_what_two_wrote_and_the_other_way_round(tmp_path: Path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    run(folder, 2, "save")
+    check(run(folder, 4, "save", "load"), written=8, read=5)
+    check(run(folder, 2, "load"), written=8, read=3)
+    check(run(folder, 1, "load"), written=8, read=1)
