@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import machine
 from remoe import MoE, MoEConfig, Routing
+from remoe.bench import machine
 from remoe.moe import gates
 
 HIDDEN, FFN, TOKENS = 256, 1024, 4096

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import machine
+from remoe.bench import machine
 from remoe.config import from_dict
 from remoe.data import Sampler, open_corpus
 from remoe.model import ReMoEForCausalLM
