@@ -13,7 +13,7 @@ COMMANDS = (
     "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "bench", "runs",
     "recipes",
 )  # fmt: skip
-SUBCOMMANDS = ("bench layer", "bench model", "bench decode", "runs diff", "recipes show")
+SUBCOMMANDS = ("bench layer", "bench model", "bench decode", "bench tune", "runs diff", "recipes show")
 
 
 @pytest.fixture(name="cli")

@@ -159,7 +159,7 @@ class _ShapeBench:
         if memory is not None:
             row |= {"held_bytes": memory.held, "peak_bytes": memory.peak}
         if self.config.profile:
-            row[PROFILES] = profile(run.both, self.shape, self.clock)
+            row[PROFILES] = profile(run.both, self.shape, self.clock, self.limits.bytes_a_number)
         return row
 
     def _checked(self, candidate: Candidate, route: str, run: "_Run") -> Row:

@@ -14,14 +14,26 @@ from remoe.bench.shapes import LayerShape
 Kernel = dict[str, Any]
 _MOST = 20
 
-_WORK: tuple[tuple[str, int], ...] = ()
-"""Kernel name (a pattern) and its products in units of N * H * F multiply-adds, both for one layer's step."""
+_WORK = (
+    ("swiglu_fwd_kernel", 2),
+    ("swiglu_bwd_kernel", 1),
+    ("rows_matmul_kernel", 3),  # y and the hidden states' gradient
+    ("weight_grad_kernel", 3),
+)
+"""Our kernels (patterns) and the products of all their calls in one step, in units of N * H * F multiply-adds."""
+_TRAFFIC = (
+    ("gather_kernel", 2, 0),
+    ("combine_kernel", 1, 1),
+)
+"""Our kernels and what one call moves: so many times the N rows and the T tokens, each H numbers wide."""
 _ALL_PRODUCTS = 9
-_PRODUCTS = re.compile(r"gemm|grouped|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE)
+_PRODUCTS = re.compile(
+    r"gemm|grouped|swiglu_|rows_matmul|weight_grad|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE
+)
 
 
-def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock) -> list[Kernel]:
-    """One call's kernels by falling time: name, calls, microseconds, share, TFLOP/s where the products are known.
+def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_number: int) -> list[Kernel]:
+    """One call's kernels by falling time: name, calls, us, share; TFLOP/s or GB/s where the work is known.
 
     The last row is their sum. Products that share a name, such as those of a library, are rated together under
     "matrix products".
@@ -35,9 +47,7 @@ def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock) -> list[Ke
     kernels = [_kernel(event, clock.is_cuda) for event in profiler.key_averages() if _counts(event, clock.is_cuda)]
     kernels = sorted((kernel for kernel in kernels if kernel["us"] > 0), key=lambda kernel: -kernel["us"])
     total = sum(kernel["us"] for kernel in kernels)
-    for kernel in kernels:
-        kernel["share"] = kernel["us"] / total
-        kernel["tflops"] = _rate(kernel, shape)
+    kernels = [kernel | {"share": kernel["us"] / total} | _rates(kernel, shape, bytes_a_number) for kernel in kernels]
     return [*kernels[:_MOST], *_sums(kernels, shape, total)]
 
 
@@ -50,11 +60,15 @@ def _kernel(event: Any, is_cuda: bool) -> Kernel:
     return {"kernel": event.key, "calls": event.count, "us": float(microseconds)}
 
 
-def _rate(kernel: Kernel, shape: LayerShape) -> float | None:
+def _rates(kernel: Kernel, shape: LayerShape, bytes_a_number: int) -> Kernel:
     for pattern, products in _WORK:
         if re.search(pattern, kernel["kernel"]):
-            return _tflops(products, shape, kernel["us"])
-    return None
+            return {"tflops": _tflops(products, shape, kernel["us"])}
+    for pattern, rows, tokens in _TRAFFIC:
+        if re.search(pattern, kernel["kernel"]):
+            numbers = (rows * shape.num_pairs + tokens * shape.num_tokens) * shape.hidden_size * kernel["calls"]
+            return {"gb_per_second": numbers * bytes_a_number / kernel["us"] / 1e3}
+    return {}
 
 
 def _tflops(products: int, shape: LayerShape, microseconds: float) -> float:

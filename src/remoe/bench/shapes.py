@@ -66,6 +66,7 @@ GPU_SHAPES = {
     for shape in (
         _shape("remoe182m_E8", (16384, 768, 3072, 8, 1), 1.75),
         _shape("remoe978m_E8", (16384, 1536, 6144, 8, 1), 5.1),
+        _shape("remoe469m_E8", (16384, 1024, 4096, 8, 1)),
         _shape("remoe469m_E32", (16384, 1024, 4096, 32, 1), 3.0),
         _shape("remoe469m_E64", (16384, 1024, 4096, 64, 1), 3.6),
         _shape("remoe469m_E128", (16384, 1024, 4096, 128, 1), 4.8),
@@ -88,7 +89,6 @@ CPU_SHAPES = {
 OTHER_SHAPES = {
     shape.name: shape
     for shape in (
-        _shape("remoe469m_E8", (16384, 1024, 4096, 8, 1)),
         _shape("tiny", (64, 32, 16, 8, 2)),
         _shape("tiny_E16", (48, 16, 24, 16, 1)),
         _shape("stage1_tiny", (64, 32, 16, 8, 4)),

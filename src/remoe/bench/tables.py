@@ -42,11 +42,12 @@ def profile_table(row: Row) -> Table:
     title = f"{row['candidate']} at {row['shape']}/{row['route']}, forward and backward"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("kernel", overflow="ellipsis", max_width=90, no_wrap=True)
-    for column in ("calls", "us", "share", "TFLOP/s"):
+    for column in ("calls", "us", "share", "rate"):
         table.add_column(column, justify="right")
     for kernel in row["profile"]:
-        cells = (str(kernel["calls"]), _number(kernel["us"], ".1f"), _number(kernel["share"], ".1%"))
-        table.add_row(kernel["kernel"], *cells, _number(kernel.get("tflops"), ".0f"))
+        rate = f"{kernel['tflops']:.0f} TFLOP/s" if "tflops" in kernel else ""
+        rate = f"{kernel['gb_per_second']:.0f} GB/s" if "gb_per_second" in kernel else rate
+        table.add_row(kernel["kernel"], str(kernel["calls"]), f"{kernel['us']:.1f}", f"{kernel['share']:.1%}", rate)
     return table
 
 
@@ -125,6 +126,14 @@ def _decode_cells(row: Row) -> Sequence[str]:
         _number(row.get("density"), ".4f"),
         _note(row),
     )
+
+
+def tune_line(row: Row) -> str:
+    """What tuning found for a shape."""
+    if "best" not in row:
+        return f"{row['shape']:16} {_note(row)}"
+    best = ", ".join(f"{part} {choice}" for part, choice in row["best"].items())
+    return f"{row['shape']:16} {row['first_ms']:.3f} -> {row['best_ms']:.3f} ms: {best}"
 
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:

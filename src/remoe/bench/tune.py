@@ -1,0 +1,142 @@
+"""Which of the kernels' choices is fastest for each shape class: what the table in the repo is made from.
+
+The kernel package says what there is to choose; here each choice runs inside the whole layer, forward and backward, on
+variable counts. Parts (such as the tiles of one product, or whole back-ends) are settled one after the other, each with
+the best choices of those before it. A choice that fails or computes something else is passed over, and said.
+"""
+
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from remoe.bench import ours
+from remoe.bench.clock import Clock, free
+from remoe.bench.numerics import TENSORS, Expected, errors, expected, too_large
+from remoe.bench.problem import Problem, Routing
+from remoe.bench.results import Results, Row, Show, first_line
+from remoe.bench.shapes import LayerShape
+from remoe.errors import ConfigError
+
+KERNELS = "remoe.kernels.expert_mlp.tuning"
+ROUTE = "var"
+
+
+class Tunable(Protocol):
+    """What the kernel package offers: the module KERNELS, or anything else with these functions."""
+
+    def parts(self, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Mapping[str, Sequence[str]]:
+        """What can be chosen at num_tokens, hidden_size, expert_size, num_experts, top_k: choices by part.
+
+        The first choice of a part is today's. Choices are words or JSON, unique in their part.
+        """
+        ...
+
+    def forced(self, part: str, choice: str) -> AbstractContextManager[object]:
+        """Inside, the op runs this part with this choice, forward and backward."""
+        ...
+
+    def save(self, rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
+        """Write the table that the op reads, from rows with `shape`, `sizes`, `device`, `dtype` and `best`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What to tune."""
+
+    shapes: list[LayerShape]
+    device: torch.device
+    dtype: torch.dtype
+    deadline_seconds: float | None = None
+    path: Path | None = None
+    """Every measurement, as JSON."""
+    table: Path | None = None
+    """Where the kernels' own table goes; None: its place in the package."""
+    show: Show | None = None
+
+
+def tunable() -> Tunable:
+    """The kernel package's choices; ConfigError where this version has none."""
+    try:
+        return cast(Tunable, importlib.import_module(KERNELS))
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"there is nothing to tune: {error.name} is missing; run it on a machine with Triton"
+        ) from None
+
+
+def tune(tuning: Tuning, kernels: Tunable) -> Results:
+    """Settle every shape and save the table; what begins after the deadline keeps today's choice and is left out."""
+    started = time.perf_counter()
+    clock = Clock(tuning.device)
+    results = Results("tune", tuning.path, tuning.show, dtype=str(tuning.dtype).removeprefix("torch."))
+    for shape in tuning.shapes:
+        if tuning.deadline_seconds is not None and time.perf_counter() - started > tuning.deadline_seconds:
+            results.add({"shape": shape.name, "note": "left out: deadline"})
+            continue
+        results.add(_Tuner(tuning, kernels, clock, shape).settled())
+        free(tuning.device)
+    settled = [row for row in results.rows if "best" in row]
+    if settled:
+        results.about["table"] = kernels.save(settled, tuning.table).name
+    results.write()
+    return results
+
+
+class _Tuner:
+    """One shape."""
+
+    def __init__(self, tuning: Tuning, kernels: Tunable, clock: Clock, shape: LayerShape) -> None:
+        self.tuning, self.kernels, self.clock, self.shape = tuning, kernels, clock, shape
+        self.problem = Problem(shape, tuning.device, tuning.dtype)
+        self.routing: Routing = self.problem.route(ROUTE)
+        self.reference: Expected = expected(self.problem, self.routing)
+
+    def settled(self) -> Row:
+        """The best choice of each part, and the times of all."""
+        sizes = {
+            key: getattr(self.shape, key)
+            for key in ("num_tokens", "hidden_size", "expert_size", "num_experts", "top_k")
+        }
+        parts = self.kernels.parts(sizes, self.tuning.dtype, self.tuning.device)
+        best = {part: choices[0] for part, choices in parts.items()}
+        first_ms = self._milliseconds(best)
+        tried: dict[str, dict[str, float | str]] = {}
+        for part, choices in parts.items():
+            tried[part] = {choice: self._tried(best | {part: choice}) for choice in choices}
+            times = {choice: found for choice, found in tried[part].items() if isinstance(found, float)}
+            best[part] = min(times, key=times.__getitem__, default=best[part])
+        device = torch.cuda.get_device_name(self.tuning.device) if self.clock.is_cuda else "cpu"
+        times = {"first_ms": first_ms, "best_ms": self._milliseconds(best)}
+        return {"shape": self.shape.name, "sizes": sizes, "device": device, "best": best, **times, "tried": tried}
+
+    def _tried(self, choices: Mapping[str, str]) -> float | str:
+        """Milliseconds, or why a choice is passed over."""
+        try:
+            return self._milliseconds(choices)
+        except Exception as error:  # noqa: BLE001 - a tile may be too large for the device, or miscompile
+            free(self.tuning.device)
+            return first_line(error)
+
+    def _milliseconds(self, choices: Mapping[str, str]) -> float:
+        leaves = self.problem.leaves(self.routing)
+        forward = ours.exact(self.problem, self.routing)
+
+        def call() -> tuple[torch.Tensor, ...]:
+            out_TH = forward()
+            return out_TH, *torch.autograd.grad(out_TH, leaves, self.problem.grad_out_TH)
+
+        with ExitStack() as stack:
+            for part, choice in choices.items():
+                stack.enter_context(self.kernels.forced(part, choice))
+            found = errors(dict(zip(TENSORS, call(), strict=True)), self.reference.results, self.routing)
+            wrong = too_large(found, self.reference.plain, self.tuning.dtype)
+            if wrong:
+                raise ArithmeticError(f"differs: {'; '.join(wrong)}")
+            return self.clock.median_ms(call)
