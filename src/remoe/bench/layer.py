@@ -5,6 +5,7 @@ Timed is what follows the router's product: topk starts from the experts' indice
 weights and the gates.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from remoe.bench.clock import Clock, free
 from remoe.bench.limits import Limits, measure_limits
 from remoe.bench.numerics import TENSORS, Expected, errors, expected, of_another_layer, too_large
 from remoe.bench.ours import Builder, Forward
-from remoe.bench.problem import Problem, Routing
+from remoe.bench.problem import ROUTES, Problem, Routing
 from remoe.bench.profile import profile
 from remoe.bench.results import Results, Row, Show, first_line
 from remoe.bench.shapes import LayerShape
@@ -45,15 +46,17 @@ class LayerBench:
 class Candidate:
     """One column of the benchmark."""
 
-    def __init__(self, name: str, kind: str, build: Builder) -> None:
+    def __init__(self, name: str, kind: str, build: Builder, is_compared_on_even_routes: bool = False) -> None:
         self.name, self.kind, self.build = name, kind, build
+        self.is_compared_on_even_routes = is_compared_on_even_routes
 
     def routes(self, shape: LayerShape) -> list[str]:
         """What it is measured on."""
         if self.kind == "ceiling":
             return ["topk" if shape.has_fixed_k else "var"]
-        routes = ["topk", "var"] if shape.has_fixed_k else ["var"]
-        return [*routes, "even_fixed", "even_var"] if self.kind == "ours" and shape.has_fixed_k else routes
+        if not shape.has_fixed_k:
+            return ["var"]
+        return list(ROUTES) if self.is_compared_on_even_routes else ["topk", "var"]
 
 
 def bench_layer(config: LayerBench) -> Results:
@@ -80,7 +83,7 @@ def bench_layer(config: LayerBench) -> Results:
 
 def candidates(config: LayerBench) -> list[Candidate]:
     """Ours first: what comes after a deadline is left out."""
-    own = [Candidate(name, "ours", ours.COLUMNS[name]) for name in config.ours]
+    own = [Candidate(name, "ours", ours.COLUMNS[name], name == config.ours[0]) for name in config.ours]
     return own + [
         Candidate(name, "ceiling" if name == peers.CEILING else "peer", _peer_builder(name))
         for name in config.peers
@@ -106,14 +109,15 @@ class _ShapeBench:
         self.expected: dict[str, Expected] = {}
 
     def rows(self, is_late: Callable[[], bool]) -> Iterator[Row]:
-        for candidate in candidates(self.config):
-            for route in candidate.routes(self.shape):
-                row = self._described(candidate, route)
-                if is_late():
-                    yield row | {"note": "left out: deadline"}
-                    continue
-                yield row | self._tried(candidate, route)
-                free(self.config.device)
+        for route, candidate in itertools.product(ROUTES, candidates(self.config)):
+            if route not in candidate.routes(self.shape):
+                continue
+            row = self._described(candidate, route)
+            if is_late():
+                yield row | {"note": "left out: deadline"}
+                continue
+            yield row | self._tried(candidate, route)
+            free(self.config.device)
 
     def _described(self, candidate: Candidate, route: str) -> Row:
         shape = self.shape

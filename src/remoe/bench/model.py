@@ -21,7 +21,9 @@ from remoe.bench.arms import Arm, OurArm, TransformersArm, collect_garbage, step
 from remoe.bench.clock import Clock
 from remoe.bench.fresh import fresh_model, random_batch, twin_with_router
 from remoe.bench.limits import measure_limits
+from remoe.bench.profile import profile_step
 from remoe.bench.results import Results, Row, Show, first_line
+from remoe.bench.shapes import LayerShape
 from remoe.data import Batch
 from remoe.errors import ConfigError
 from remoe.model import ReMoEForCausalLM
@@ -52,6 +54,7 @@ class ModelBench:
     peers: list[str]
     device: torch.device
     steps: int = 8
+    profile: bool = False
     deadline_seconds: float | None = None
     path: Path | None = None
     show: Show | None = None
@@ -109,8 +112,8 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
     mismatches += [f"{name}, {text}" for text in _wrong_density(rows[0], config)]
     if mismatches:
         rows[0]["mismatches"] = mismatches
-    for row in rows:
-        results.add({"model": name, "phase": "steady", **row})
+    for row, arm in zip(rows, (relu, topk), strict=True):
+        results.add({"model": name, "phase": "steady", **row} | (_profile(bench, config, arm) if bench.profile else {}))
     results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **_ratios(start[0], *rows)})
 
 
@@ -164,6 +167,20 @@ def _measured(bench: ModelBench, config: TrainConfig, arms: Sequence[Arm], steps
     ]
 
 
+def _profile(bench: ModelBench, config: TrainConfig, arm: Arm) -> Row:
+    moe = config.model.moe
+    shape = LayerShape(
+        name="",
+        num_tokens=config.train.micro_batch * config.data.sequence_length,
+        hidden_size=moe.hidden_size,
+        expert_size=moe.expert_size,
+        num_experts=moe.routed_experts,
+        top_k=moe.routed_top_k,
+    )
+    bytes_a_number = 2 if config.train.precision == "bf16" else 4
+    return {"profile": profile_step(arm.step, shape, Clock(bench.device), bytes_a_number)}
+
+
 def _speeds(bench: ModelBench, config: TrainConfig, seconds: list[float]) -> Row:
     tokens = config.train.batch_size * config.data.sequence_length
     step = statistics.median(seconds)
@@ -211,11 +228,10 @@ def _settle(arm: OurArm, config: TrainConfig, device: torch.device) -> None:
 
 
 def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
-    """Where the step's loss differs from the eager model's in fp32, on as many copies of one sequence as a step has."""
-    one = Batch(*(values[:1] for values in arm.batch))
-    copies = Batch(*(values.expand(config.train.batch_size, -1).contiguous() for values in one))
-    found = float(arm.step_on(copies)["lm_loss"])
-    wanted = _plain_loss(_native(arm), one, arm.stepper.device)
+    """Where the step's loss differs from the eager model's in fp32, on one micro-batch."""
+    part = Batch(*(values[: config.train.micro_batch] for values in arm.batch))
+    found = float(arm.step_on(part)["lm_loss"])
+    wanted = _plain_loss(_native(arm), part, arm.stepper.device)
     if abs(found - wanted) <= LOSS_TOLERANCE * wanted:
         return []
     return [f"{arm.name}: the step's loss is {found:.5f}, the plain model's in fp32 {wanted:.5f}"]
@@ -223,8 +239,12 @@ def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
 
 @torch.no_grad()
 def _plain_loss(model: ReMoEForCausalLM, batch: Batch, device: torch.device) -> float:
-    logits_BSV = model(batch.tokens_BS.to(device)).logits
-    return float(F.cross_entropy(logits_BSV.float().flatten(0, 1), batch.labels_BS.to(device).flatten()))
+    """A sequence at a time: the logits of all would be the largest tensor of the benchmark."""
+    losses = [
+        F.cross_entropy(model(tokens_S[None].to(device)).logits[0].float(), labels_S.to(device))
+        for tokens_S, labels_S in zip(batch.tokens_BS, batch.labels_BS, strict=True)
+    ]
+    return float(torch.stack(losses).mean())
 
 
 def _wrong_density(row: Row, config: TrainConfig) -> list[str]:

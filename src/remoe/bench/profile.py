@@ -15,29 +15,48 @@ Kernel = dict[str, Any]
 _MOST = 20
 
 _WORK = (
-    ("swiglu_fwd_kernel", 2),
-    ("swiglu_bwd_kernel", 1),
-    ("rows_matmul_kernel", 3),  # y and the hidden states' gradient
-    ("weight_grad_kernel", 3),
+    ("swiglu_fwd_kernel", 2.0),
+    ("swiglu_bwd_kernel", 1.0),
+    ("rows_matmul_kernel", 1.5),  # 1 for y, 2 for the hidden states' gradient
+    ("weight_grad_kernel", 1.5),  # 1 for the down projection, 2 for gate and up
 )
-"""Our kernels (patterns) and the products of all their calls in one step, in units of N * H * F multiply-adds."""
+"""Our kernels (patterns) and the products of a call, on average, in units of N * H * F multiply-adds."""
 _TRAFFIC = (
     ("gather_kernel", 2, 0),
     ("combine_kernel", 1, 1),
 )
 """Our kernels and what one call moves: so many times the N rows and the T tokens, each H numbers wide."""
-_ALL_PRODUCTS = 9
+_ALL_PRODUCTS = 9.0
 _PRODUCTS = re.compile(
     r"gemm|grouped|swiglu_|rows_matmul|weight_grad|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE
 )
 
 
 def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_number: int) -> list[Kernel]:
-    """One call's kernels by falling time: name, calls, us, share; TFLOP/s or GB/s where the work is known.
+    """One layer call's kernels by falling time: name, calls, us, share; TFLOP/s or GB/s where the work is known.
 
     The last row is their sum. Products that share a name, such as those of a library, are rated together under
     "matrix products".
     """
+    kernels = kernels_of(call, clock)
+    products = [kernel for kernel in kernels if _PRODUCTS.search(kernel["kernel"])]
+    rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in kernels[:_MOST]]
+    total = _sum("all", kernels, kernels)
+    if not products:
+        return [*rows, total]
+    together = _sum("matrix products", products, kernels)
+    return [*rows, together | {"tflops": _tflops(_ALL_PRODUCTS, shape, together["us"])}, total]
+
+
+def profile_step(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_number: int) -> list[Kernel]:
+    """The same for an optimizer step, whose MoE layers have this shape; only our kernels are rated."""
+    kernels = kernels_of(call, clock)
+    rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in kernels[:_MOST]]
+    return [*rows, _sum("all", kernels, kernels)]
+
+
+def kernels_of(call: Callable[[], Any], clock: Clock) -> list[Kernel]:
+    """What runs in the second of two calls, by falling time, with its share of all."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.is_cuda else [])]
     call()
     clock.synchronize()
@@ -45,10 +64,9 @@ def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_nu
         call()
         clock.synchronize()
     kernels = [_kernel(event, clock.is_cuda) for event in profiler.key_averages() if _counts(event, clock.is_cuda)]
-    kernels = sorted((kernel for kernel in kernels if kernel["us"] > 0), key=lambda kernel: -kernel["us"])
     total = sum(kernel["us"] for kernel in kernels)
-    kernels = [kernel | {"share": kernel["us"] / total} | _rates(kernel, shape, bytes_a_number) for kernel in kernels]
-    return [*kernels[:_MOST], *_sums(kernels, shape, total)]
+    kernels = [kernel | {"share": kernel["us"] / total} for kernel in kernels if kernel["us"] > 0]
+    return sorted(kernels, key=lambda kernel: -kernel["us"])
 
 
 def _counts(event: Any, is_cuda: bool) -> bool:
@@ -63,7 +81,7 @@ def _kernel(event: Any, is_cuda: bool) -> Kernel:
 def _rates(kernel: Kernel, shape: LayerShape, bytes_a_number: int) -> Kernel:
     for pattern, products in _WORK:
         if re.search(pattern, kernel["kernel"]):
-            return {"tflops": _tflops(products, shape, kernel["us"])}
+            return {"tflops": _tflops(products * kernel["calls"], shape, kernel["us"])}
     for pattern, rows, tokens in _TRAFFIC:
         if re.search(pattern, kernel["kernel"]):
             numbers = (rows * shape.num_pairs + tokens * shape.num_tokens) * shape.hidden_size * kernel["calls"]
@@ -71,21 +89,12 @@ def _rates(kernel: Kernel, shape: LayerShape, bytes_a_number: int) -> Kernel:
     return {}
 
 
-def _tflops(products: int, shape: LayerShape, microseconds: float) -> float:
+def _tflops(products: float, shape: LayerShape, microseconds: float) -> float:
     flops = 2 * products * shape.num_pairs * shape.hidden_size * shape.expert_size
     return flops / microseconds / 1e6
 
 
-def _sums(kernels: list[Kernel], shape: LayerShape, total: float) -> list[Kernel]:
-    products = [kernel for kernel in kernels if _PRODUCTS.search(kernel["kernel"])]
-    in_products = sum(kernel["us"] for kernel in products)
-    sums: list[Kernel] = []
-    if products:
-        sums.append(_sum("matrix products", products, total) | {"tflops": _tflops(_ALL_PRODUCTS, shape, in_products)})
-    return [*sums, _sum("all", kernels, total)]
-
-
-def _sum(name: str, kernels: list[Kernel], total: float) -> Kernel:
-    microseconds = sum(kernel["us"] for kernel in kernels)
+def _sum(name: str, kernels: list[Kernel], of: list[Kernel]) -> Kernel:
+    microseconds, total = (sum(kernel["us"] for kernel in part) for part in (kernels, of))
     calls = sum(kernel["calls"] for kernel in kernels)
     return {"kernel": name, "calls": calls, "us": microseconds, "share": microseconds / total}

@@ -39,7 +39,8 @@ def layer_line(row: Row) -> str:
 
 def profile_table(row: Row) -> Table:
     """The kernels of one measured row."""
-    title = f"{row['candidate']} at {row['shape']}/{row['route']}, forward and backward"
+    where = f"{row['shape']}/{row['route']}, forward and backward" if "shape" in row else f"{row['model']}, one step"
+    title = f"{row['candidate']} at {where}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("kernel", overflow="ellipsis", max_width=90, no_wrap=True)
     for column in ("calls", "us", "share", "rate"):

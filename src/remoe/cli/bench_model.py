@@ -17,6 +17,7 @@ def model_command(
     accumulation: Annotated[int, Option(help="forward passes an optimizer step", min=1)] = 16,
     peers: Peers = "none",
     compiled: Annotated[bool, Option("--compile/--no-compile", help="torch.compile ours and the peers")] = True,
+    profile: Annotated[bool, Option("--profile", help="show the kernels of a step of ours")] = False,
     device: Device = "auto",
     json: Json = None,
     chart: Chart = None,
@@ -26,7 +27,7 @@ def model_command(
     from remoe.bench.chart import check_chart_path
     from remoe.bench.model import PEERS, ModelBench, bench_model, with_sizes
     from remoe.bench.settings import chosen
-    from remoe.bench.tables import model_line, model_table, ratio_lines
+    from remoe.bench.tables import model_line, model_table, profile_table, ratio_lines
     from remoe.training.setup import pick_device
 
     check_chart_path(chart)
@@ -39,9 +40,11 @@ def model_command(
         peers=chosen("--peers", words(peers), PEERS),
         device=pick_device(device),
         steps=steps,
+        profile=profile,
         deadline_seconds=deadline,
         path=json,
         show=lambda row: print(model_line(row), file=sys.stderr),
     )
     results = bench_model(config)
-    finish(results, [model_table(results), *ratio_lines(results)], chart)
+    profiles = [profile_table(row) for row in results.rows if "profile" in row]
+    finish(results, [model_table(results), *ratio_lines(results), *profiles], chart)
