@@ -32,7 +32,7 @@ def describe() -> dict[str, object]:
 def command() -> str:
     """How this process was started, without the folders that only this machine has."""
     words = sys.orig_argv if len(sys.orig_argv) < 2 or sys.orig_argv[1].startswith("-") else sys.orig_argv[1:]
-    return shlex.join([Path(words[0]).name, *words[1:]])
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 def _processor() -> str:
