@@ -180,7 +180,8 @@ def _settings_that_matter(before: "TrainConfig", after: "TrainConfig") -> dict[s
     changed = differences(to_dict(before), to_dict(after))
     if after.model.vocab_size is None:  # the tokenizer decides, and it is the same
         changed.pop("model.vocab_size", None)
-    return {key: values for key, values in changed.items() if key not in CHANGEABLE - {"train.steps"}}
+    free = CHANGEABLE - {"train.steps"}
+    return {key: values for key, values in changed.items() if key not in free and not key.startswith("parallel.")}
 
 
 def _train_here(todo: Sequence[Trial], root: Path, *, overwrite: bool) -> None:
