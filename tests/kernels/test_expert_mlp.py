@@ -121,3 +121,83 @@ def test_bf16_on_a_gpu_is_near_the_float64_reference(shape, density):
     for a, b in zip(actual, expected, strict=True):
         assert a.isfinite().all()
         assert (a.double().cpu() - b).norm() <= 0.02 * b.norm() + 1e-12  # a few bf16 roundings of 2^-8
+
+
+def on_gpu(tensors, dtype):
+    hidden, weights, gate_up, down = tensors
+    rounded = [t.detach().to("cuda", dtype) for t in (hidden, weights, gate_up * 0.1, down * 0.1)]
+    rounded[1] = weights.detach().to("cuda", torch.float32)
+    return tuple(t.requires_grad_() for t in rounded)
+
+
+def relative_errors(actual, expected):
+    return [(a.double().cpu() - b).norm() / (b.norm() + 1e-12) for a, b in zip(actual, expected, strict=True)]
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (65, 8, 64, 48), (512, 16, 128, 96), (2000, 4, 264, 1024)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_triton_is_as_exact_as_the_plain_path_in_every_dtype(shape, density, dtype):
+    routing_map, tensors = random_inputs(*shape, density)
+    rounded = on_gpu(tensors, dtype)
+    exact = tuple(t.detach().double().cpu().requires_grad_() for t in rounded)
+    expected = with_gradients(run_reference, routing_map, exact)
+    lists = plan(routing_map.cuda()).lists
+    by_path = {
+        name: relative_errors(
+            with_gradients(lambda _, t, name=name: expert_mlp(*t, *lists, 0, name)[0], None, rounded), expected
+        )
+        for name in ("triton", "plain")
+    }
+    for ours, plain in zip(by_path["triton"], by_path["plain"], strict=True):
+        assert ours <= 1.5 * plain + 1e-6
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(backend):
+    routing_map, tensors = random_inputs(700, 8, 64, 96, 0.4)
+    rounded = on_gpu(tensors, torch.bfloat16)
+    routing_map = routing_map.cuda()
+
+    def run(capacity, row_cap):
+        lists = plan(routing_map, capacity).lists
+        return with_gradients(lambda _, t: expert_mlp(*t, *lists, row_cap, backend)[0], None, rounded)
+
+    whole = run(None, 0)
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(routing_map.numel(), 0), strict=True))
+    for a, b in zip(whole, run(routing_map.numel(), 256), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))  # one more bf16 rounding
+
+
+@pytest.mark.gpu
+@gpu
+def test_triton_gives_the_same_bits_on_every_run():
+    routing_map, tensors = random_inputs(700, 8, 64, 96, 0.4)
+    rounded, lists = on_gpu(tensors, torch.bfloat16), plan(routing_map.cuda()).lists
+    first, second = (
+        with_gradients(lambda _, t: expert_mlp(*t, *lists, 0, "triton")[0], None, rounded) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (1, 1), (700, 8), (300, 64), (100, 1024), (5000, 3)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_the_lists_of_a_gpu_are_those_of_a_cpu(tokens, experts, density):
+    routing_map = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)) < density
+    expected = plan(routing_map)
+    actual, roomy = plan(routing_map.cuda()), plan(routing_map.cuda(), routing_map.numel() + 8)
+    for a, b, c in zip(expected.lists, actual.lists, roomy.lists, strict=True):
+        assert torch.equal(a, b.cpu())
+        assert torch.equal(a, c.cpu()[: len(a)])
+    assert not roomy.overflow
+    if expected.token_N.numel() > 1:
+        assert plan(routing_map.cuda(), 1).overflow

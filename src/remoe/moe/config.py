@@ -4,6 +4,7 @@ from typing import Any
 
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
+from remoe.kernels.expert_mlp import backends
 
 
 @config_class
@@ -20,6 +21,7 @@ class MoEConfig:
     init_std: float = setting(0.01, "standard deviation of the initial weights (ReMoE's scripts: 0.01)")
     experts: str = setting("swiglu", "swiglu, or relu: two matrices with biases (RMoE's character models)")
     dropout: float = setting(0.0, "dropout inside relu experts")
+    kernels: str = setting("auto", "how swiglu experts are run: auto, triton, grouped_mm or plain")
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, str) and "name" not in self.router:
@@ -29,6 +31,7 @@ class MoEConfig:
         check_range("num_experts", self.num_experts, 1)
         check_range("granularity", self.granularity, 1)
         check_choice("experts", self.experts, ("swiglu", "relu"))
+        check_choice("kernels", self.kernels, backends.NAMES)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, must be at least 0 and below 1")
         if self.dropout and self.experts != "relu":

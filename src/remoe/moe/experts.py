@@ -8,6 +8,8 @@ from remoe.moe import initial
 from remoe.moe.dispatch import DispatchPlan
 from remoe.moe.routing import Merging
 
+_ROWS_OF_NO_CONCERN = 16384  # below that chunks would cost more time than they save memory
+
 
 class GroupedExperts(nn.Module):
     """E SwiGLU MLPs of width F: down(silu(gate x) * (up x)), no biases.
@@ -17,6 +19,10 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, expert_size: int, init_std: float = 0.01) -> None:
         super().__init__()
+        self.kernels = "auto"
+        """The back-end of remoe::expert_mlp."""
+        self.kept_rows_per_token = 0.0
+        """Rows that a call keeps for its backward pass, a token; with more it works in chunks. 0: any number."""
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         initial.reset(self, init_std)
@@ -28,8 +34,14 @@ class GroupedExperts(nn.Module):
         """
         dtype = compute_dtype(hidden_TH)
         gate_up_proj, down_proj = (own_part(matrices).to(dtype) for matrices in (self.gate_up_proj, self.down_proj))
-        out_TH, _ = expert_mlp(hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists)
+        row_cap = self._row_cap(hidden_TH.shape[0])
+        out_TH, _ = expert_mlp(
+            hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists, row_cap, self.kernels
+        )
         return out_TH
+
+    def _row_cap(self, num_tokens: int) -> int:
+        return max(_ROWS_OF_NO_CONCERN, int(self.kept_rows_per_token * num_tokens)) if self.kept_rows_per_token else 0
 
 
 class MergedExperts(GroupedExperts):

@@ -25,23 +25,25 @@ def dispatch_lists_triton(
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=map_TE.device)
 
+    if num_tokens == 0:
+        rows = new(capacity or 0)
+        return rows, rows.clone(), rows.clone(), new(num_experts + 1).zero_(), new(1).zero_(), new().zero_()
     before_BE, of_block_B, of_expert_E = (
         new(num_blocks, num_experts, dtype=torch.int32),
         new(num_blocks, dtype=torch.int32),
-        torch.zeros(num_experts, dtype=torch.int64, device=map_TE.device),
+        new(num_experts),
     )
     sizes = (num_tokens, num_experts)
     blocks = {"BLOCK_T": block_t, "BLOCK_E": block_e}
-    if num_tokens:
-        _count_kernel[(num_blocks,)](map_TE, before_BE, of_block_B, *sizes, **blocks, num_warps=8)
-        _scan_kernel[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
-            before_BE, of_expert_E, num_blocks, num_experts, BLOCK_B=64, BLOCK_E=_SCAN_EXPERTS
-        )
+    _count_kernel[(num_blocks,)](map_TE, before_BE, of_block_B, *sizes, **blocks, num_warps=8)
+    _scan_kernel[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
+        before_BE, of_expert_E, num_blocks, num_experts, BLOCK_B=64, BLOCK_E=_SCAN_EXPERTS
+    )
     num_pairs = of_expert_E.sum()
     length = int(num_pairs) if capacity is None else capacity
     token_N, pair_N, row_N = new(length), new(length), new(length)
     expert_offsets, token_offsets = new(num_experts + 1), new(num_tokens + 1)
-    _write_kernel[(max(1, num_blocks),)](
+    _write_kernel[(num_blocks,)](
         map_TE, before_BE, of_block_B, of_expert_E, token_N, pair_N, row_N, expert_offsets, token_offsets,
         *sizes, num_blocks, length, **blocks, BLOCK_B=128, num_warps=8,
     )  # fmt: skip

@@ -8,13 +8,14 @@ from remoe.kernels.expert_mlp.combine import gather_sum
 
 _ROWS_A_BLOCK = 16384
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+CHUNKS = False
 
 
 def forward(
-    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See remoe::expert_mlp."""
-    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    token_N, pair_N, row_N, expert_offsets, token_offsets = _without_tail(lists, 0)
     ends = expert_offsets[1:].to(torch.int32)
     x_NH = hidden_TH.index_select(0, token_N)
     if token_N.numel() == 0:
@@ -28,15 +29,15 @@ def forward(
 
 def backward(
     grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists,
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp_backward."""
-    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    token_N, pair_N, row_N, expert_offsets, token_offsets = _without_tail(lists, weights_TE.numel())
     if token_N.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))  # type: ignore
     ends = expert_offsets[1:].to(torch.int32)
     grad_y_NH = grad_out_TH.index_select(0, token_N)
-    weights_N = weights_TE.flatten().index_select(0, pair_N)
+    weights_N = weights_TE.flatten().index_select(0, pair_N.clamp(max=weights_TE.numel() - 1))
     grad_act_NF = F.grouped_mm(grad_y_NH, down_proj, offs=ends)
     act_NF, grad_up_N2F, grad_weights_N = _swiglu_backward(up_N2F, grad_act_NF, weights_N)
     idle_E11 = (expert_offsets.diff() == 0)[:, None, None]  # an empty group may leave its slice unwritten
@@ -44,9 +45,18 @@ def backward(
     x_NH = hidden_TH.index_select(0, token_N)
     grad_gate_up = F.grouped_mm(grad_up_N2F.t(), x_NH, offs=ends).masked_fill_(idle_E11, 0)
     grad_x_NH = F.grouped_mm(grad_up_N2F, gate_up_proj, offs=ends)
-    grad_weights_TE = torch.zeros_like(weights_TE)
-    grad_weights_TE.view(-1).index_copy_(0, pair_N, grad_weights_N.to(weights_TE.dtype))
-    return gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
+    grad_pairs = weights_TE.new_zeros(weights_TE.numel() + 1)  # the last one takes the entries past the last pair
+    grad_pairs.index_copy_(0, pair_N, grad_weights_N.to(weights_TE.dtype))
+    grad_x_TH = gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype)
+    return grad_x_TH, grad_pairs[:-1].view_as(weights_TE).clone(), grad_gate_up, grad_down
+
+
+def _without_tail(lists: Lists, pair: int) -> Lists:
+    """The lists with safe entries past the last pair: token 0, row 0 and this pair."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    is_row_N = torch.arange(token_N.shape[0], device=token_N.device) < expert_offsets[-1]
+    token_N, row_N = token_N.where(is_row_N, 0), row_N.where(is_row_N, 0)
+    return token_N, pair_N.where(is_row_N, pair), row_N, expert_offsets, token_offsets
 
 
 def _swiglu_backward(up_N2F: Tensor, grad_act_NF: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,10 +16,11 @@ from remoe.kernels.expert_mlp import huge_pages
 from remoe.kernels.expert_mlp.combine import gather_sum
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+CHUNKS = False
 
 
 def forward(
-    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See remoe::expert_mlp."""
     token_N, pair_N, row_N, expert_offsets, token_offsets = lists
@@ -36,7 +37,7 @@ def forward(
 
 def backward(
     grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists,
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp_backward. The gate's gradient is <dA, a> with a recomputed, so that y is never kept."""
     token_N, pair_N, row_N, expert_offsets, token_offsets = lists

@@ -1,0 +1,283 @@
+"""The fused Triton path of GPUs: gathered rows, SwiGLU inside the products, gather-sum, no waiting for counts.
+
+Rows beyond what fits at once are worked off in chunks of the expert-sorted list: the forward pass then keeps nothing
+but its inputs, and the backward pass computes a chunk's pre-activations again.
+"""
+
+# pyright: basic
+# (triton has no types)
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from remoe.kernels.expert_mlp import matmul_kernels as matmul
+from remoe.kernels.expert_mlp import rows_kernels as rows
+from remoe.kernels.expert_mlp.tiles import Choices, Sizes, Tiles, choose
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+CHUNKS = True
+_WEIGHT_GRAD_OF_CHUNKS = Tiles(128, 128, 64, 8, 3)  # torch's grouped product cannot add to what is there
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows first to first + size of the expert-sorted list; beyond the list's end there are none."""
+
+    first: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one call share."""
+
+    lists: Lists
+    weights_N: Tensor
+    """The gate of each row."""
+    choices: Choices
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the lists have room for."""
+        return self.lists[0].shape[0]
+
+    @property
+    def end(self) -> Tensor:
+        """The number of rows, on the device."""
+        return self.lists[3][-1:]
+
+    def chunks(self, row_cap: int) -> Iterator[Chunk]:
+        """The whole list, or pieces of `row_cap` rows (0: no cap)."""
+        size = row_cap or max(1, self.num_rows)
+        return (Chunk(first, min(size, self.num_rows - first)) for first in range(0, self.num_rows, size))
+
+    def token(self, chunk: Chunk) -> Tensor:
+        """The token of each row of a chunk."""
+        return self.lists[0][chunk.first :]
+
+    def weights(self, chunk: Chunk) -> Tensor:
+        """The gate of each row of a chunk."""
+        return self.weights_N[chunk.first :]
+
+
+def forward(
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int
+) -> tuple[Tensor, Tensor]:
+    """See remoe::expert_mlp. Keeps the pre-activations [N, 2F], or nothing [0, 2F] with more rows than the cap."""
+    call = _call(weights_TE, down_proj, lists)
+    is_whole = _is_whole(call, row_cap)
+    kept_N2F = hidden_TH.new_empty((call.num_rows if is_whole else 0, gate_up_proj.shape[1]))
+    out_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    for chunk in call.chunks(0 if is_whole else row_cap):
+        up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
+        act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
+        y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
+        _combine(call, chunk, y_NH, out_TH, weighted=True, add=not is_whole)
+    if call.num_rows == 0:
+        out_TH.zero_()
+    return out_TH.to(hidden_TH.dtype), kept_N2F
+
+
+def backward(
+    grad_out_TH: Tensor, kept_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See remoe::expert_mlp_backward."""
+    call = _call(weights_TE, down_proj, lists)
+    is_whole = _is_whole(call, row_cap)
+    grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    grad_weights_TE = torch.zeros_like(weights_TE)
+    grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+    for chunk in call.chunks(0 if is_whole else row_cap):
+        up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
+        if not is_whole:
+            _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
+        grad_y = _Source(call, chunk, grad_out_TH)
+        grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
+        _weight_grad(call, chunk, grad_y, act_NF, grad_down)
+        del act_NF, grad_y
+        _weight_grad(call, chunk, grad_up_N2F, _Source(call, chunk, hidden_TH), grad_gate_up)
+        grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
+        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
+    if call.num_rows == 0:
+        for gradient in (grad_x_TH, grad_gate_up, grad_down):
+            gradient.zero_()
+    return grad_x_TH.to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
+
+
+def _is_whole(call: Call, row_cap: int) -> bool:
+    return row_cap == 0 or call.num_rows <= row_cap
+
+
+def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists) -> Call:
+    num_experts, hidden_size, expert_size = down_proj.shape
+    num_rows = lists[0].shape[0]
+    weights_N = weights_TE.new_empty(num_rows)
+    if num_rows:
+        block = 1024
+        rows.gates_kernel[(triton.cdiv(num_rows, block),)](weights_TE, lists[1], lists[3][-1:], weights_N, BLOCK=block)
+    choices = choose(Sizes(hidden_size, expert_size, num_experts, num_rows / num_experts), down_proj.dtype)
+    return Call(lists, weights_N, choices, num_experts, hidden_size, expert_size)
+
+
+def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
+    num_m = triton.cdiv(chunk.size, block_m) + call.num_experts
+    tiles = torch.empty((3, num_m), dtype=torch.int32, device=call.weights_N.device)
+    block_e = triton.next_power_of_2(call.num_experts)
+    block = max(16, min(256, 16384 // block_e))
+    rows.tile_map_kernel[(triton.cdiv(num_m, block),)](
+        call.lists[3], tiles, call.num_experts, num_m, chunk.first, chunk.size,
+        BLOCK_M=block_m, BLOCK_E=block_e, BLOCK=block,
+    )  # fmt: skip
+    return tiles
+
+
+def _blocks(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix, or stacked ones as one tall matrix, read in blocks; what lies outside reads as 0."""
+    return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [rows, columns])
+
+
+class _Source:
+    """Tokens [T, H] as the rows of a chunk: gathered by the product that reads them, or copied first, once."""
+
+    def __init__(self, call: Call, chunk: Chunk, x_TH: Tensor) -> None:
+        self.call, self.chunk, self.x_TH = call, chunk, x_TH
+        self._copy_NH: Tensor | None = None
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether products shall gather the rows."""
+        return not self.call.choices.copies_rows
+
+    @property
+    def tensor(self) -> Tensor:
+        """What products read: tokens to gather from, or rows."""
+        return self.x_TH if self.is_gathered else self.rows
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows [N, H]."""
+        if self._copy_NH is None:
+            self._copy_NH = _gather(self.call, self.chunk, self.x_TH)
+        return self._copy_NH
+
+    def blocks(self, tiles: Tiles) -> TensorDescriptor | None:
+        """The rows to read in blocks, where they are not gathered."""
+        return None if self.is_gathered else _blocks(self.rows, tiles.m, tiles.k)
+
+
+def _swiglu(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor, up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up of the chunk's rows [N, F]; writes the pre-activations."""
+    tiles, x = call.choices.swiglu, _Source(call, chunk, hidden_TH)
+    act_NF = up_N2F.new_empty((chunk.size, call.expert_size))
+    tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
+    num_m = tile_map.shape[1]
+    matmul.swiglu_fwd_kernel[(num_m * num_n,)](
+        x.tensor, x.blocks(tiles), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map, up_N2F, act_NF,
+        call.hidden_size, call.expert_size, num_m, num_n,
+        GATHER=x.is_gathered, **tiles.constants(up_N2F.dtype),
+    )  # fmt: skip
+    return act_NF
+
+
+def _swiglu_backward(
+    call: Call, chunk: Chunk, grad_y: _Source, down_proj: Tensor, up_N2F: Tensor, grad_weights_TE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the pre-activations and gate * act; writes the chunk's gate gradients."""
+    tiles = call.choices.swiglu_bwd
+    act_NF, grad_up_N2F = up_N2F.new_empty((chunk.size, call.expert_size)), torch.empty_like(up_N2F)
+    tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
+    num_m = tile_map.shape[1]
+    partial_PN = torch.empty((num_n, chunk.size), dtype=torch.float32, device=up_N2F.device)
+    matmul.swiglu_bwd_kernel[(num_m * num_n,)](
+        grad_y.tensor, grad_y.blocks(tiles), _blocks(down_proj, tiles.k, tiles.n), call.token(chunk), tile_map, up_N2F,
+        call.weights(chunk), grad_up_N2F, act_NF, partial_PN, call.hidden_size, call.expert_size, chunk.size,
+        num_m, num_n, GATHER=grad_y.is_gathered, **tiles.constants(up_N2F.dtype),
+    )  # fmt: skip
+    block = 256
+    rows.gate_grads_kernel[(triton.cdiv(chunk.size, block),)](
+        partial_PN, call.lists[1][chunk.first :], call.end, grad_weights_TE, chunk.first, chunk.size,
+        NUM_PARTS=num_n, BLOCK=block,
+    )  # fmt: skip
+    return grad_up_N2F, act_NF
+
+
+def _rows_matmul(
+    call: Call, chunk: Chunk, x_NK: Tensor, weight: Tensor, tiles: Tiles | None, *, transposed: bool
+) -> Tensor:
+    """Rows through their expert's matrix, to [N, H]: stored [H, K] where `transposed`, else [K, H]."""
+    if tiles is None:
+        return F.grouped_mm(x_NK, weight.transpose(1, 2) if transposed else weight, offs=_ends(call, chunk))
+    num_in, num_out = x_NK.shape[1], call.hidden_size
+    out = x_NK.new_empty((chunk.size, num_out))
+    tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(num_out, tiles.n)
+    num_m = tile_map.shape[1]
+    weight_block = (tiles.n, tiles.k) if transposed else (tiles.k, tiles.n)
+    matmul.rows_matmul_kernel[(num_m * num_n,)](
+        _blocks(x_NK, tiles.m, tiles.k), _blocks(weight, *weight_block), tile_map, out, num_in, num_out, num_m, num_n,
+        TRANSPOSED=transposed, **tiles.constants(x_NK.dtype),
+    )  # fmt: skip
+    return out
+
+
+def _weight_grad(call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, out: Tensor) -> None:
+    """out[e] = left^T right over the expert's rows; added to what earlier chunks wrote of the same expert."""
+    tiles = call.choices.grad_down if isinstance(left, _Source) else call.choices.grad_up
+    if tiles is None and chunk.size == call.num_rows:
+        _grouped_weight_grad(call, chunk, left, right, out)
+        return
+    tiles = tiles or _WEIGHT_GRAD_OF_CHUNKS
+    _, num_left, num_right = out.shape
+    num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
+    matmul.weight_grad_kernel[(num_m * num_n, call.num_experts)](
+        left.tensor if isinstance(left, _Source) else left, right.tensor if isinstance(right, _Source) else right,
+        call.token(chunk), call.lists[3], out, num_left, num_right, chunk.first, chunk.size, num_m, num_n,
+        GATHER_LEFT=isinstance(left, _Source) and left.is_gathered,
+        GATHER_RIGHT=isinstance(right, _Source) and right.is_gathered,
+        **tiles.constants(out.dtype),
+    )  # fmt: skip
+
+
+def _grouped_weight_grad(
+    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, out: Tensor
+) -> None:
+    left_NM = left.rows if isinstance(left, _Source) else left
+    right_NK = right.rows if isinstance(right, _Source) else right
+    is_idle_E11 = (call.lists[3].diff() == 0)[:, None, None]  # an empty group may leave its slice unwritten
+    product = F.grouped_mm(left_NM.t(), right_NK, offs=_ends(call, chunk))
+    torch.where(is_idle_E11, 0, product, out=out)
+
+
+def _ends(call: Call, chunk: Chunk) -> Tensor:
+    return (call.lists[3][1:] - chunk.first).clamp(0, chunk.size).to(torch.int32)
+
+
+def _gather(call: Call, chunk: Chunk, x_TH: Tensor) -> Tensor:
+    out = x_TH.new_empty((chunk.size, call.hidden_size))
+    block_h = min(1024, triton.next_power_of_2(call.hidden_size))
+    block_r = max(1, 4096 // block_h)
+    rows.gather_kernel[(triton.cdiv(chunk.size, block_r),)](
+        x_TH, call.token(chunk), call.end, out, call.hidden_size, chunk.first, chunk.size,
+        BLOCK_R=block_r, BLOCK_H=block_h,
+    )  # fmt: skip
+    return out
+
+
+def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weighted: bool, add: bool) -> None:
+    _, _, row_N, _, token_offsets = call.lists
+    num_tokens = out_TH.shape[0]
+    block_h = min(1024, triton.next_power_of_2(call.hidden_size))
+    block_s = max(1, min(8, triton.next_power_of_2(call.num_rows // max(1, num_tokens))))
+    rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, block_h))](
+        rows_NH, row_N, token_offsets, call.weights(chunk), out_TH, call.hidden_size, chunk.first, chunk.size,
+        BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=weighted, ADD=add,
+    )  # fmt: skip

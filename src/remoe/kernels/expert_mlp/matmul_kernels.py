@@ -1,0 +1,183 @@
+# ruff: noqa: SIM108  (a ternary of a constexpr is evaluated on both sides)
+"""Triton kernels of the expert matrix products: tiles of rows of one expert each, counts read on the device.
+
+Every kernel walks a tile map (rows_kernels.tile_map): tile m holds rows first[m] to last[m] of expert[m]. Row numbers
+count from the first row of the chunk at hand. Products accumulate in fp32.
+"""
+
+# pyright: basic
+# (triton has no types)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of a program: GROUP_M row tiles in turn use one column tile while it is in the cache."""
+    width = GROUP_M * num_n
+    first_m = (pid // width) * GROUP_M
+    size_m = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (pid % width) % size_m, (pid % width) // size_m
+
+
+@triton.jit
+def _rows_of(tile_ptr, m, num_m):
+    return tl.load(tile_ptr + m), tl.load(tile_ptr + num_m + m), tl.load(tile_ptr + 2 * num_m + m)
+
+
+@triton.jit
+def swiglu_fwd_kernel(
+    x_ptr, x_desc, w_desc, token_ptr, tile_ptr, up_ptr, act_ptr, H, F, num_m, num_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """act = silu(gate) * up of rows [N, F], with gate and up = x W^T kept in up_ptr [N, 2F]; x gathered or in rows."""
+    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    expert, first, last = _rows_of(tile_ptr, m, num_m)
+    if expert < 0:
+        return
+    row_M = first + tl.arange(0, BLOCK_M)
+    k_K = tl.arange(0, BLOCK_K)
+    if GATHER:
+        token_M = tl.load(token_ptr + row_M, mask=row_M < last, other=0)
+        x_MK = x_ptr + token_M[:, None] * H + k_K[None, :]
+    gate_row = expert * 2 * F + n * BLOCK_N
+    gate_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, H, BLOCK_K):
+        if GATHER:
+            x = tl.load(x_MK + k, mask=k_K[None, :] < H - k, other=0.0)
+        else:
+            x = x_desc.load([first, k])
+        w_gate = w_desc.load([gate_row, k])
+        w_up = w_desc.load([gate_row + F, k])
+        gate_MN = tl.dot(x, w_gate.T, gate_MN, input_precision=PRECISION)
+        up_MN = tl.dot(x, w_up.T, up_MN, input_precision=PRECISION)
+    f_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row_M[:, None] < last) & (f_N[None, :] < F)
+    dtype = act_ptr.dtype.element_ty
+    gate_MN = gate_MN.to(dtype).to(tl.float32)  # what the backward pass will read
+    up_MN = up_MN.to(dtype).to(tl.float32)
+    at = row_M[:, None].to(tl.int64) * F + f_N[None, :]
+    tl.store(act_ptr + at, (gate_MN * tl.sigmoid(gate_MN) * up_MN).to(dtype), mask=inside)
+    at = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
+    tl.store(up_ptr + at, gate_MN.to(dtype), mask=inside)
+    tl.store(up_ptr + at + F, up_MN.to(dtype), mask=inside)
+
+
+@triton.jit
+def swiglu_bwd_kernel(
+    grad_ptr, grad_desc, w_desc, token_ptr, tile_ptr, up_ptr, gate_ptr, grad_up_ptr, act_ptr, partial_ptr,
+    H, F, num_rows, num_m, num_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From dout: the gradient of the pre-activations [N, 2F], gate * act [N, F], and each tile's part of the gate's.
+
+    dA = dout W2; the gate's gradient is <dA, act>, with act computed again: the experts' output is never kept.
+    """
+    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    expert, first, last = _rows_of(tile_ptr, m, num_m)
+    if expert < 0:
+        return
+    row_M = first + tl.arange(0, BLOCK_M)
+    k_K = tl.arange(0, BLOCK_K)
+    if GATHER:
+        token_M = tl.load(token_ptr + row_M, mask=row_M < last, other=0)
+        grad_MK = grad_ptr + token_M[:, None] * H + k_K[None, :]
+    grad_act_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, H, BLOCK_K):
+        if GATHER:
+            grad = tl.load(grad_MK + k, mask=k_K[None, :] < H - k, other=0.0)
+        else:
+            grad = grad_desc.load([first, k])
+        grad_act_MN = tl.dot(grad, w_desc.load([expert * H + k, n * BLOCK_N]), grad_act_MN, input_precision=PRECISION)
+    f_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row_M[:, None] < last) & (f_N[None, :] < F)
+    dtype = act_ptr.dtype.element_ty
+    at_up = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
+    gate = tl.load(up_ptr + at_up, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0).to(tl.float32)
+    weight_M = tl.load(gate_ptr + row_M, mask=row_M < last, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    partial_M = tl.sum(tl.where(inside, grad_act_MN * act, 0.0), axis=1)
+    tl.store(partial_ptr + n.to(tl.int64) * num_rows + row_M, partial_M, mask=row_M < last)
+    grad_act_MN *= weight_M[:, None]
+    at = row_M[:, None].to(tl.int64) * F + f_N[None, :]
+    tl.store(act_ptr + at, (act * weight_M[:, None]).to(dtype), mask=inside)
+    grad_gate = grad_act_MN * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(grad_up_ptr + at_up, grad_gate.to(dtype), mask=inside)
+    tl.store(grad_up_ptr + at_up + F, (grad_act_MN * silu).to(dtype), mask=inside)
+
+
+@triton.jit
+def rows_matmul_kernel(
+    x_desc, w_desc, tile_ptr, out_ptr, K, N, num_m, num_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [rows, N] = x [rows, K] times the expert's matrix: stored [N, K] where TRANSPOSED, else [K, N]."""
+    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    expert, first, last = _rows_of(tile_ptr, m, num_m)
+    if expert < 0:
+        return
+    out_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([first, k])
+        if TRANSPOSED:
+            out_MN = tl.dot(x, w_desc.load([expert * N + n * BLOCK_N, k]).T, out_MN, input_precision=PRECISION)
+        else:
+            out_MN = tl.dot(x, w_desc.load([expert * K + k, n * BLOCK_N]), out_MN, input_precision=PRECISION)
+    row_M = first + tl.arange(0, BLOCK_M)
+    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row_M[:, None].to(tl.int64) * N + n_N[None, :]
+    tl.store(out_ptr + at, out_MN.to(out_ptr.dtype.element_ty), mask=(row_M[:, None] < last) & (n_N[None, :] < N))
+
+
+@triton.jit
+def weight_grad_kernel(
+    left_ptr, right_ptr, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows, num_m, num_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[e] [M, N] = sum over the expert's rows of left [rows, M]^T right [rows, N]; either side may be gathered.
+
+    Over several chunks an expert that began in an earlier one adds to what is there; one without rows gets 0 once.
+    """
+    expert = tl.program_id(1)
+    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    first = tl.minimum(tl.maximum(begin - first_row, 0), num_rows).to(tl.int32)
+    last = tl.minimum(tl.maximum(end - first_row, 0), num_rows).to(tl.int32)
+    is_idle = (begin == end) & (first_row == 0)
+    if (first == last) & (is_idle == 0):
+        return
+    m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_K = tl.arange(0, BLOCK_K)
+    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(first, last, BLOCK_K):
+        row_K = (k + k_K).to(tl.int64)
+        is_row_K = row_K < last
+        left_K, right_K = row_K, row_K
+        if GATHER_LEFT or GATHER_RIGHT:
+            token_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
+            if GATHER_LEFT:
+                left_K = token_K
+            else:
+                right_K = token_K
+        left = tl.load(
+            left_ptr + left_K[:, None] * M + m_M[None, :], mask=is_row_K[:, None] & (m_M[None, :] < M), other=0.0
+        )
+        right = tl.load(
+            right_ptr + right_K[:, None] * N + n_N[None, :], mask=is_row_K[:, None] & (n_N[None, :] < N), other=0.0
+        )
+        sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
+    inside = (m_M[:, None] < M) & (n_N[None, :] < N)
+    out = out_ptr + expert.to(tl.int64) * M * N + m_M[:, None].to(tl.int64) * N + n_N[None, :]
+    if begin < first_row:
+        sum_MN += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, sum_MN.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,100 @@
+"""Triton kernels that move rows: the tile map, gates and tokens to rows, rows back to tokens, gate gradients.
+
+All read the number of rows on the device; rows are counted from `first_row`, the first of the chunk at hand.
+"""
+
+# pyright: basic
+# (triton has no types)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_map_kernel(
+    offsets_ptr, tile_ptr, num_experts, num_m, first_row, num_rows,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Cut each expert's rows in the chunk into tiles of BLOCK_M: expert (-1: no such tile), first row, end of rows."""
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert_E = tl.arange(0, BLOCK_E)
+    is_expert_E = expert_E < num_experts
+    begin_E = tl.load(offsets_ptr + expert_E, mask=is_expert_E, other=0)
+    end_E = tl.load(offsets_ptr + expert_E + 1, mask=is_expert_E, other=0)
+    begin_E = tl.minimum(tl.maximum(begin_E - first_row, 0), num_rows).to(tl.int32)
+    end_E = tl.minimum(tl.maximum(end_E - first_row, 0), num_rows).to(tl.int32)
+    tiles_E = tl.where(is_expert_E, (end_E - begin_E + BLOCK_M - 1) // BLOCK_M, 0)
+    is_before = (tl.cumsum(tiles_E, axis=0)[None, :] <= tile[:, None]) & is_expert_E[None, :]
+    expert = tl.sum(is_before.to(tl.int32), axis=1)
+    exists = expert < num_experts
+    begin = tl.load(offsets_ptr + expert, mask=exists, other=0)
+    begin = tl.minimum(tl.maximum(begin - first_row, 0), num_rows).to(tl.int32)
+    end = tl.load(offsets_ptr + expert + 1, mask=exists, other=0)
+    end = tl.minimum(tl.maximum(end - first_row, 0), num_rows).to(tl.int32)
+    tiles_before = tl.sum(tl.where(is_before, tiles_E[None, :], 0), axis=1)
+    tl.store(tile_ptr + tile, tl.where(exists, expert, -1), mask=tile < num_m)
+    tl.store(tile_ptr + num_m + tile, begin + (tile - tiles_before) * BLOCK_M, mask=tile < num_m)
+    tl.store(tile_ptr + 2 * num_m + tile, end, mask=tile < num_m)
+
+
+@triton.jit
+def gates_kernel(weights_ptr, pair_ptr, end_ptr, out_ptr, BLOCK: tl.constexpr):
+    """out[n] = weights[pair[n]]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < tl.load(end_ptr)
+    pair = tl.load(pair_ptr + row, mask=is_row, other=0)
+    tl.store(out_ptr + row, tl.load(weights_ptr + pair, mask=is_row, other=0.0), mask=is_row)
+
+
+@triton.jit
+def gather_kernel(
+    x_ptr, token_ptr, end_ptr, out_ptr, H, first_row, num_rows, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """out[n] = x[token[n]] for the rows of the chunk."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    h = tl.arange(0, BLOCK_H)
+    is_row = row < tl.minimum(tl.load(end_ptr) - first_row, num_rows)
+    token = tl.load(token_ptr + row, mask=is_row, other=0)
+    for h0 in range(0, H, BLOCK_H):
+        inside = is_row[:, None] & (h[None, :] < H - h0)
+        x = tl.load(x_ptr + token[:, None] * H + h[None, :] + h0, mask=inside, other=0.0)
+        tl.store(out_ptr + row[:, None].to(tl.int64) * H + h[None, :] + h0, x, mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr, row_ptr, offsets_ptr, weights_ptr, out_ptr, H, first_row, num_rows,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out[t] = (out[t] +) the sum of the token's rows in the chunk, weighted or not, in fp32 and in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    begin, end = tl.load(offsets_ptr + token), tl.load(offsets_ptr + token + 1)
+    sum_H = tl.zeros([BLOCK_H], tl.float32)
+    for first in range(begin, end, BLOCK_S):
+        slot = first + tl.arange(0, BLOCK_S)
+        row = tl.load(row_ptr + slot, mask=slot < end, other=-1) - first_row
+        is_row = (row >= 0) & (row < num_rows)
+        inside = is_row[:, None] & (h[None, :] < H)
+        part = tl.load(rows_ptr + row[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            part *= tl.load(weights_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        sum_H += tl.sum(part, axis=0)
+    out = out_ptr + token * H + h
+    if ADD:
+        sum_H += tl.load(out, mask=h < H, other=0.0).to(tl.float32)
+    tl.store(out, sum_H.to(out_ptr.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def gate_grads_kernel(
+    partial_ptr, pair_ptr, end_ptr, grad_ptr, first_row, num_rows, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grad[pair[n]] = the sum of the parts of row n."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < tl.minimum(tl.load(end_ptr) - first_row, num_rows)
+    pair = tl.load(pair_ptr + row, mask=is_row, other=0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(NUM_PARTS):
+        total += tl.load(partial_ptr + part * num_rows + row, mask=is_row, other=0.0)
+    tl.store(grad_ptr + pair, total.to(grad_ptr.dtype.element_ty), mask=is_row)
