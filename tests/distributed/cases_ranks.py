@@ -1,6 +1,8 @@
 """What the trainer asks of its ranks."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +27,36 @@ def sums() -> dict[str, Any]:
 
 
 def agreement() -> list[int]:
-    """Labels of the whole batch, and a signal that the last rank alone got."""
+    """A sum and a maximum on the host, the second of a signal that the last rank alone got."""
     own = ranks()
-    return list(own.agree(10 + own.index, 15 if own.index == own.size - 1 else 0))
+    return [own.total_number(10 + own.index), own.largest_number(15 if own.index == own.size - 1 else 0)]
+
+
+def shares() -> list[list[Any]]:
+    """What each rank evaluates of three batches."""
+    return [list(share) for share in ranks().share_out(["first", "second", "third"])]
+
+
+def in_turn() -> list[Any]:
+    """What each rank finds when its turn comes: the first one's file."""
+    own, place = ranks(), Path(os.environ["FOLDER"]) / "left behind"
+
+    def act() -> bool:
+        found = place.exists()
+        if own.is_first:
+            place.touch()
+        return found
+
+    return [own.in_turn(act), own.gather(own.index)]
+
+
+def seeds() -> list[float]:
+    """A number that is drawn after seeding a step, twice, and after seeding the next one."""
+    own, drawn = ranks(), []
+    for step in (3, 3, 4):
+        own.seed_step(0, step)
+        drawn.append(torch.rand(()).item())
+    return drawn
 
 
 def rows() -> list[list[int]]:
@@ -55,5 +84,6 @@ def first_alone() -> list[Any]:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    "sums": sums, "agreement": agreement, "rows": rows, "first_alone": first_alone,
+    "sums": sums, "agreement": agreement, "shares": shares, "in_turn": in_turn, "seeds": seeds,
+    "rows": rows, "first_alone": first_alone,
 }  # fmt: skip

@@ -38,7 +38,7 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result
         key = (num_processes, *cases)
         if key not in done:
             output = tmp_path_factory.mktemp("worker") / "results.json"
-            finished = torchrun(num_processes, str(WORKER), str(output), *cases)
+            finished = torchrun(num_processes, str(WORKER), str(output), *cases, FOLDER=str(output.parent))
             assert finished.returncode == 0, finished.stderr[-4000:]
             done[key] = json.loads(output.read_text())
         return done[key]

@@ -3,7 +3,7 @@
 import pytest
 
 from remoe.config import from_dict
-from remoe.distributed.config import ParallelConfig, check_batch, check_experts, resolve_parallel
+from remoe.distributed.config import ParallelConfig, check_experts, own_micro_batch, resolve_parallel
 from remoe.errors import ConfigError
 
 
@@ -51,9 +51,9 @@ def test_experts_that_cannot_be_shared_are_refused(num_experts: int, kind: str, 
 
 
 def test_a_batch_is_shared_evenly():
-    assert check_batch(resolved(4), 16, None) == 4
-    assert check_batch(resolved(4), 16, 2) == 2
+    assert own_micro_batch(4, 16, None) == 4
+    assert own_micro_batch(4, 16, 2) == 2
     with pytest.raises(ConfigError, match="multiple of the 4 data ranks"):
-        check_batch(resolved(4), 10, None)
+        own_micro_batch(4, 10, None)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size is 3, must divide"):
-        check_batch(resolved(4), 16, 3)
+        own_micro_batch(4, 16, 3)

@@ -20,7 +20,8 @@ def train_command(
 ) -> None:
     """Train one model.
 
-    The run is kept in runs/NAME: config.yaml, metrics.jsonl, checkpoints/, report.html.
+    The run is kept in runs/NAME: config.yaml, metrics.jsonl, checkpoints/, report.html. On several GPUs or CPUs:
+    torchrun --standalone --nproc-per-node 2 -m remoe train CONFIG
     """
     from remoe.cli.report import report_on
     from remoe.errors import ConfigError
@@ -33,10 +34,13 @@ def train_command(
         raise ConfigError("CONFIG is missing, must be a YAML file or a recipe; try: remoe train demo-relu")
     settings = read_config(config, overrides or ())  # a mistake in it comes before the seconds that torch takes to load
 
+    from remoe.distributed.launch import is_first
     from remoe.training import train
     from remoe.training.progress import terminal_reporter
 
     run = train(settings, resume=resume, overwrite=overwrite, root=root, reporter=terminal_reporter())
+    if not is_first():  # torchrun started several; one speaks for all
+        return
     print(f"{run.path}: validation loss {run.valid_loss:.4f} after {run.tokens:,} tokens")
     if report:
         print(report_on([run.path], run.path / "report.html"))

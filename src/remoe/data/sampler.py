@@ -4,7 +4,7 @@ As in Megatron: an epoch's documents are shuffled and joined, cut into samples o
 tokens (each token is a label once), and the samples are shuffled. Blends interleave by a fixed pattern.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +50,13 @@ class Sampler:
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step counted from 0, or some of its rows."""
+        return self.rows(step, (rows,))
+
+    def rows(self, step: int, parts: Iterable[slice]) -> Batch:
+        """Several stretches of a batch's rows, one after the other."""
         first = step * self.batch_size
-        return _stack([self._sample(first + row) for row in range(self.batch_size)[rows]])
+        rows = [row for part in parts for row in range(self.batch_size)[part]]
+        return _stack([self._sample(first + row) for row in rows])
 
     def _sample(self, index: int) -> NDArray[np.int64]:
         period, place = divmod(index, PATTERN)

@@ -91,9 +91,8 @@ def check_experts(parallel: ParallelConfig, num_experts: int, kind: str) -> None
         )
 
 
-def check_batch(parallel: ParallelConfig, batch_size: int, micro_batch_size: int | None) -> int:
+def own_micro_batch(ranks: int, batch_size: int, micro_batch_size: int | None) -> int:
     """Sequences of one rank's forward pass. ConfigError where a batch cannot be shared evenly by the data ranks."""
-    ranks = parallel.data_ranks
     if batch_size % ranks:
         raise ConfigError(
             f"train.batch_size is {batch_size}, must be a multiple of the {ranks} data ranks, which share it"

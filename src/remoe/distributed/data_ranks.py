@@ -1,6 +1,8 @@
 """The answers of one process of many, which share the model and the rows of each batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.gradients import clip_shared_gradients
 from remoe.distributed.mesh import Meshes
-from remoe.distributed.ranks import Agreed, Ranks, Result
+from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
 from remoe.errors import RemoeError
 
@@ -34,18 +36,27 @@ class DataRanks(Ranks):
         first, stride = self.index * micro_batch, self.size * micro_batch
         return [slice(start + first, start + first + micro_batch) for start in range(0, batch_size, stride)]
 
-    def agree(self, num_labels: int, stop_signal: int) -> Agreed:
-        own = torch.tensor([num_labels, stop_signal])
-        everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own)
-        labels, signals = torch.stack(everyone).unbind(1)
-        return Agreed(int(labels.sum()), int(signals.max()))
+    def seed_step(self, seed: int, step: int) -> None:
+        digest = hashlib.sha256(f"{seed}:{step}:{self.index}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        summed: dict[str, Tensor] = {}
+    def total(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        summed: dict[Key, Tensor] = {}
         for dtype in sorted({value.dtype for value in values.values()}, key=str):
             summed |= _total({name: value for name, value in values.items() if value.dtype == dtype})
         return {name: summed[name] for name in values}
+
+    def total_number(self, number: int) -> int:
+        return _on_host(number, dist.ReduceOp.SUM)
+
+    def largest_number(self, number: int) -> int:
+        return _on_host(number, dist.ReduceOp.MAX)
+
+    def share_out(self, batches: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+        remaining = iter(batches)
+        while turn := list(islice(remaining, self.size)):
+            has_own = self.index < len(turn)
+            yield turn[self.index if has_own else -1], has_own
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
         return clip_shared_gradients(model.parameters(), max_norm, self.parallel.data_replicate)
@@ -58,6 +69,11 @@ class DataRanks(Ranks):
         if isinstance(outcome[1], BaseException):
             raise outcome[1]
         return cast(Result, outcome[0])
+
+    def in_turn(self, action: Callable[[], Result]) -> Result:
+        done: list[Result] = []
+        self.on_first(lambda: done.append(action()))
+        return done[0] if done else action()
 
     def gather(self, value: Result) -> list[Result]:
         everyone: list[Any] = [None] * self.size
@@ -72,7 +88,13 @@ def _outcome(action: Callable[[], Any]) -> list[Any]:
         return [None, error]
 
 
-def _total(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_host(number: int, operation: Any) -> int:
+    value = torch.tensor(number)
+    dist.all_reduce(value, operation)
+    return int(value)
+
+
+def _total(values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     flat = torch.cat([value.detach().reshape(-1) for value in values.values()])
     dist.all_reduce(flat)
     parts: Sequence[Tensor] = flat.split([value.numel() for value in values.values()])

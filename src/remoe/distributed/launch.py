@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from remoe.errors import ConfigError
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.ranks import Ranks
+from remoe.errors import ConfigError, TrainingError
 
 SETTLING_SECONDS = 0.1
 """gloo's threads let go of the last tensors only now, for which they need Python: at its end they would abort it."""
@@ -25,15 +27,20 @@ def rank() -> int:
     return _number("RANK", 0)
 
 
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU, by torchrun's LOCAL_RANK; ConfigError where there are not enough."""
+    """This process's own GPU, by torchrun's LOCAL_RANK; TrainingError where there are not enough."""
     if device.type != "cuda" or world_size() == 1:
         return device
     if device.index is not None:
         raise ConfigError(f"train.device is '{device}', must be auto, cpu or cuda: each process takes its own GPU")
     local = _number("LOCAL_RANK", rank())
     if local >= torch.cuda.device_count():
-        raise ConfigError(
+        raise TrainingError(
             f"process {rank()} needs GPU {local} of this host, but torch sees {torch.cuda.device_count()}; "
             "start torchrun with --nproc-per-node equal to the number of GPUs"
         )
@@ -56,6 +63,15 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     finally:
         dist.destroy_process_group()
         time.sleep(SETTLING_SECONDS)
+
+
+def join(parallel: ParallelConfig, device: torch.device) -> Ranks:
+    """The ranks of a resolved section; inside `process_group`."""
+    if world_size() == 1:
+        return Ranks()
+    from remoe.distributed.data_ranks import DataRanks  # FSDP takes a while to import
+
+    return DataRanks(parallel, device)
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -1,20 +1,14 @@
 """What a trainer asks of the processes it runs on; `Ranks` is the answer of one that is alone."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Result = TypeVar("Result")
-
-
-class Agreed(NamedTuple):
-    """Host-side numbers of one step, the same on all ranks."""
-
-    num_labels: int
-    stop_signal: int
-    """The number of a signal that some rank got; 0: none."""
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
 class Ranks:
@@ -36,13 +30,26 @@ class Ranks:
         """This rank's rows of a batch, one slice a micro-batch."""
         return [slice(first, first + micro_batch) for first in range(0, batch_size, micro_batch)]
 
-    def agree(self, num_labels: int, stop_signal: int) -> Agreed:
-        """Labels of the whole batch, and whether any rank was asked to stop."""
-        return Agreed(num_labels, stop_signal)
+    def seed_step(self, seed: int, step: int) -> None:
+        """Let each rank draw its own dropout and noise, a function of (seed, step, rank)."""
 
-    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def total(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The sums over ranks of device values, each in its own dtype: counts stay integers."""
         return dict(values)
+
+    def total_number(self, number: int) -> int:
+        """The sum over ranks of a number on the host."""
+        return number
+
+    def largest_number(self, number: int) -> int:
+        """The largest of the ranks' numbers on the host."""
+        return number
+
+    def share_out(self, batches: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+        """Batches for this rank to evaluate, and whether each counts: all ranks get equally many, so that they
+        compute together, and the last of some is another rank's.
+        """
+        return ((batch, True) for batch in batches)
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their norm before that, 0-dim."""
@@ -54,6 +61,10 @@ class Ranks:
 
     def on_first(self, action: Callable[[], Result]) -> Result:
         """What the action returns on the first rank, which alone runs it; a RemoeError or OSError is raised on all."""
+        return action()
+
+    def in_turn(self, action: Callable[[], Result]) -> Result:
+        """What the action returns: the first rank's turn comes first, so that the others find what it left on disk."""
         return action()
 
     def gather(self, value: Result) -> list[Result]:

@@ -4,6 +4,7 @@ import re
 
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.data.config import DataConfig
+from remoe.distributed.config import ParallelConfig
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
 from remoe.moe.update_rule import UpdateRule
@@ -96,7 +97,7 @@ class LoopConfig:
 
     steps: int = setting(300, "optimizer steps")
     batch_size: int = setting(16, "sequences a step, over all ranks")
-    micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: batch_size")
+    micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: its share of batch_size")
     precision: str = setting("fp32", "fp32, or bf16: autocast with fp32 weights")
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
     compile: bool = setting(False, "torch.compile the model")
@@ -144,6 +145,7 @@ class TrainConfig:
     losses: LossConfig = setting(LossConfig, "auxiliary losses with a fixed coefficient")
     sparsity: SparsityConfig = setting(SparsityConfig, "the adaptive L1 term of ReLU routing")
     train: LoopConfig = setting(LoopConfig, "the loop")
+    parallel: ParallelConfig = setting(ParallelConfig, "how the processes that torchrun started share the work")
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**63 - 1)

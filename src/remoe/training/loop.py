@@ -5,21 +5,24 @@ threads round differently. The caller's random state and signal handlers are lef
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from remoe.data import open_corpus
+from remoe.distributed import launch
+from remoe.distributed.ranks import Ranks
 from remoe.errors import CheckpointError
 from remoe.model import ReMoEForCausalLM
 from remoe.training import lock, run
 from remoe.training.checkpoint import Checkpoint, NewerSchemaError, newest
 from remoe.training.config import TrainConfig
-from remoe.training.progress import LogReporter, Reporter
+from remoe.training.progress import LogReporter, Reporter, SilentReporter
 from remoe.training.resume import check_resume
 from remoe.training.run import Run
-from remoe.training.setup import pick_device, resolve
+from remoe.training.setup import pick_device, resolve, resolve_ranks
 from remoe.training.sinks import check_sinks
 from remoe.training.step import Stepper
 from remoe.training.trainer import Trainer
@@ -38,29 +41,48 @@ def train(
     `resume` goes on from the newest whole checkpoint (or starts, if there is none); `overwrite` begins an existing run
     anew. One process at a time trains in a folder. Raises ConfigError, DataError or CheckpointError before anything is
     written; TrainingError for a run that cannot go on; RunStoppedError after SIGINT or SIGTERM, once the step and a
-    checkpoint are written.
+    checkpoint are written. Started by torchrun, all processes call this and train together.
     """
     path = Path(root) / config.name
+    config = resolve_ranks(config, launch.world_size())
+    device = launch.local_device(pick_device(config.train.device))
+    with launch.process_group(device, config.parallel.timeout), ExitStack() as stack:
+        ranks = launch.join(config.parallel, device)
+        ranks.on_first(lambda: _claim(path, resume, overwrite, stack))
+        reporter = (reporter or LogReporter()) if ranks.is_first else SilentReporter()
+        return _train_in(Job(path, device, resume, overwrite), config, ranks, reporter)
+
+
+class Job(NamedTuple):
+    """Where and how one call trains."""
+
+    path: Path
+    device: torch.device
+    resume: bool
+    overwrite: bool
+
+
+def _claim(path: Path, resume: bool, overwrite: bool, stack: ExitStack) -> None:
+    """Hold the run's folder until the stack is left."""
     run.check_request(path, resume, overwrite)
-    with lock.hold(path):
-        run.check_claim(path, resume or overwrite)
-        return _train_in(path, config, resume, overwrite, reporter or LogReporter())
+    stack.enter_context(lock.hold(path))
+    run.check_claim(path, resume or overwrite)
 
 
-def _train_in(path: Path, config: TrainConfig, resume: bool, overwrite: bool, reporter: Reporter) -> Run:
+def _train_in(job: Job, config: TrainConfig, ranks: Ranks, reporter: Reporter) -> Run:
     check_sinks(config.train.sinks)
-    device = pick_device(config.train.device)
-    start = find_start(path, config, reporter) if resume else None
-    corpus = open_corpus(config.data)
+    path, device = job.path, job.device
+    start = ranks.on_first(lambda: find_start(path, config, reporter)) if job.resume else None
+    corpus = ranks.in_turn(lambda: open_corpus(config.data))
     config = resolve(config, corpus.tokenizer)
     with own_random_state(config.seed, device):
         model = ReMoEForCausalLM(config.model, seed=config.seed)
-        trainer = Trainer(config, path, corpus, Stepper(config, model, device), reporter)
+        trainer = Trainer(config, path, corpus, Stepper(config, model, device, ranks), reporter)
         if start is not None:
             trainer.restore(start)
         else:
             trainer.prepare_routers()
-        trainer.prepare_folder(overwrite)
+        trainer.prepare_folder(job.overwrite)
         trainer.train()
     return Run(path, config)
 

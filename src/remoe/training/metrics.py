@@ -41,6 +41,22 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetricsFile(MetricsFile):
+    """Of a rank that is not the first: nothing is written."""
+
+    def __init__(self) -> None:
+        """There is no file."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Forget the line."""
+
+    def sync(self) -> None:
+        """There is nothing to keep."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def read_metrics(path: Path) -> list[Metrics]:
     """All complete lines of a metrics file; empty where there is none. The last line may be half written.
 

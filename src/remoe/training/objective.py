@@ -10,9 +10,10 @@ from torch import Tensor
 
 from remoe.data.sampler import NO_LABEL
 from remoe.moe import losses, stats
-from remoe.moe.revival import is_starving, revival
+from remoe.moe.revival import revival
 from remoe.moe.routing import Routing, count_tokens
 from remoe.training.config import LossConfig, SparsityConfig
+from remoe.training.counts import RoutingCounts
 
 
 def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
@@ -23,8 +24,10 @@ def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
     return losses_sum / max(1, num_labels)
 
 
-def experts_per_token(routing: Routing) -> Tensor:
+def experts_per_token(routing: Routing, loads_E: Tensor | None = None) -> Tensor:
     """The k of a token-choice router as it is now, 0-dim: above top_k while Top-K warms up nearly dense."""
+    if loads_E is not None:
+        return loads_E.sum().clamp(min=1).to(routing.weights_TE.dtype)
     pairs, tokens = stats.active_pairs(routing), count_tokens(routing)
     return (pairs / tokens.clamp(min=1)).clamp(min=1).to(routing.weights_TE.dtype)
 
@@ -50,25 +53,30 @@ class Objective:
         """What the load-balancing term is multiplied by: 0 for routers that are not trained with it."""
         return self.losses.load_balancing_coef if self.penalty == "load_balancing" else 0.0
 
-    def terms(self, routings: Sequence[Routing], loads_LE: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(
+        self, routings: Sequence[Routing], loads_LE: Tensor | None = None, balance_loads_LE: Tensor | None = None
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Un-weighted terms by name, one value [L] each over the MoE layers; load_balancing also where it is inert.
 
-        `loads_LE` holds each layer's n_e/T where it was counted elsewhere; None: each routing counts its own.
+        `loads_LE` (L1) and `balance_loads_LE` hold each layer's n_e/T where it was counted elsewhere; None: each
+        routing counts its own.
         """
         if not routings:
             return {}
         terms = {}
         if self.penalty == "sparsity_l1":
-            loads = [None] * len(routings) if loads_LE is None else loads_LE.unbind()
             terms["sparsity_l1"] = torch.stack(
                 [
                     losses.sparsity_l1(routing, self.top_k, self.sparsity.load_balanced, loads_E)
-                    for routing, loads_E in zip(routings, loads, strict=True)
+                    for routing, loads_E in zip(routings, _by_layer(loads_LE, routings), strict=True)
                 ]
             )
         with nullcontext() if self.penalty == "load_balancing" else torch.no_grad():  # seen in every arm
             terms["load_balancing"] = torch.stack(
-                [losses.load_balancing(with_logits(r), experts_per_token(r)) for r in routings]
+                [
+                    losses.load_balancing(with_logits(routing), experts_per_token(routing, loads_E), loads_E)
+                    for routing, loads_E in zip(routings, _by_layer(balance_loads_LE, routings), strict=True)
+                ]
             )
         if self.losses.router_z_coef > 0 and routings[0].logits_TE is not None:
             terms["router_z"] = torch.stack([losses.router_z(r) for r in routings])
@@ -76,11 +84,11 @@ class Objective:
             terms["revival"] = torch.stack([revival(r, self.top_k, self.sparsity.density_floor) for r in routings])
         return terms
 
-    def spare_starving(self, routings: Sequence[Routing], sparsity_coef: Tensor | None) -> Tensor | None:
+    def spare_starving(self, counts: RoutingCounts | None, sparsity_coef: Tensor | None) -> Tensor | None:
         """The coefficient of each layer: 0 for those below `sparsity.density_floor`, where there is one."""
-        if sparsity_coef is None or self.sparsity.density_floor == 0:
+        if sparsity_coef is None or counts is None or self.sparsity.density_floor == 0:
             return sparsity_coef
-        starving_L = torch.stack([is_starving(r, self.top_k, self.sparsity.density_floor) for r in routings])
+        starving_L = counts.active_L < self.sparsity.density_floor * self.top_k * counts.tokens_L
         return torch.where(starving_L, 0, sparsity_coef)
 
     def penalties(self, terms: dict[str, Tensor], sparsity_coef: Tensor | None) -> Tensor | float:
@@ -98,6 +106,10 @@ class Objective:
         if "revival" in terms:
             total = total + self.sparsity.revival_coef * terms["revival"].sum()
         return total
+
+
+def _by_layer(loads_LE: Tensor | None, routings: Sequence[Routing]) -> Sequence[Tensor | None]:
+    return [None] * len(routings) if loads_LE is None else loads_LE.unbind()
 
 
 def averages_layers(name: str, mode: str) -> bool:

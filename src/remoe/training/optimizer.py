@@ -1,5 +1,8 @@
 """AdamW with decay on matrices only, whose steps can be cancelled by a flag on the device."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +15,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     Tensors of two or more dimensions decay (embeddings too); norms and biases do not. The fused kernels, which CPU and
     CUDA both have, can cancel a step on the device.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        _groups([p for p in model.parameters() if p.requires_grad], config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -47,6 +45,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[st
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+
+
+def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """By decay; and by mesh where ranks share parameters: no kernel takes tensors of two meshes."""
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda p: p.ndim < 2):
+        key = parameter.ndim >= 2, getattr(parameter, "device_mesh", None)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": group, "weight_decay": weight_decay if decays else 0.0} for (decays, _), group in groups.items()]
 
 
 def _create_state(optimizer: torch.optim.AdamW) -> None:

@@ -51,6 +51,13 @@ class LogReporter:
         """Say nothing."""
 
 
+class SilentReporter(LogReporter):
+    """Of a rank that is not the first: the first one speaks for all."""
+
+    def message(self, text: str) -> None:
+        """Say nothing."""
+
+
 class PlainReporter:
     """Plain lines for logs and pipes: about twenty a run, and one for each validation."""
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.data.sampler import NO_LABEL
+from remoe.distributed.config import own_micro_batch
+from remoe.distributed.ranks import Ranks
 from remoe.moe import MoE, SparsityController
 from remoe.training import router_hooks
 from remoe.training.config import TrainConfig
@@ -32,6 +34,7 @@ class Stepper:
     config: TrainConfig
     model: nn.Module
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
     forward: nn.Module = field(init=False)
     optimizer: torch.optim.AdamW = field(init=False)
     controller: SparsityController | None = field(init=False, default=None)
@@ -43,7 +46,9 @@ class Stepper:
     has_loads: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.to(self.device)
+        loop = self.config.train
+        self.micro_batch = own_micro_batch(self.ranks.size, loop.batch_size, loop.micro_batch_size)
+        self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
         self.routers: list[Any] = [module.router for module in self.model.modules() if isinstance(module, MoE)]
         moe = self.config.model.moe
         penalty = self.routers[0].penalty if self.routers else "none"
@@ -65,11 +70,13 @@ class Stepper:
             self.loads_LE = torch.zeros(len(self.routers), moe.routed_experts, device=self.device)
 
     def run(self, batch: Batch, step: int) -> Values:
-        """Train on one batch as step number `step`; what it measured, still on the device."""
+        """Train on this rank's rows of a batch as step number `step`; what all ranks measured, still on the device."""
+        self.ranks.seed_step(self.config.seed, step)
         coef = self.controller.coef if self.controller else None
         self.optimizer.zero_grad(set_to_none=True)
         measured, counts, observed = self._forward_backward(batch, coef)
-        grad_norm = clip_gradients(self.model, self.config.optimizer.clip)
+        measured, observed = self.ranks.total(measured), self.ranks.total(observed)
+        grad_norm = self.ranks.clip_gradients(self.model, self.config.optimizer.clip)
         skipped = ~(grad_norm.isfinite() & measured["loss"].isfinite())
         optimizer_step(self.optimizer, learning_rate(self.config.optimizer, step, self.config.train.steps), skipped)
         self._after_step(counts, observed, skipped, step)
@@ -83,38 +90,47 @@ class Stepper:
     def _forward_backward(self, batch: Batch, coef: Tensor | None) -> tuple[Values, RoutingCounts | None, Observed]:
         if not self.model.training:
             self.model.train()
-        num_labels = int((batch.labels_BS != NO_LABEL).sum())
-        parts = list(split(batch, self.config.train.micro_batch))
+        num_labels = self.ranks.total_number(int((batch.labels_BS != NO_LABEL).sum()))
+        parts = list(split(batch, self.micro_batch))
+        share = 1 / (len(parts) * self.ranks.size)
         measured: Values = {}
         counts: RoutingCounts | None = None
         observed: Observed = {}
         for part in parts:
-            values, routings = self._losses(to_device(part, self.device), coef, num_labels, 1 / len(parts))
+            values, routings, part_counts = self._losses(to_device(part, self.device), coef, num_labels, share)
             values["loss"].backward()
-            part_counts = count(routings)
             counts = counts.plus(part_counts) if counts and part_counts else part_counts
-            observed = router_hooks.added(observed, router_hooks.observe(self.routers, routings, 1 / len(parts)))
+            observed = router_hooks.added(observed, router_hooks.observe(self.routers, routings, share))
             for name, value in values.items():
                 measured[name] = measured[name] + value.detach() if name in measured else value.detach()
         return measured, counts, observed
 
-    def _losses(self, batch: Batch, coef: Tensor | None, num_labels: int, share: float) -> tuple[Values, list]:
-        """Loss of one micro-batch, whose auxiliary terms count for `share` of the step's."""
+    def _losses(
+        self, batch: Batch, coef: Tensor | None, num_labels: int, share: float
+    ) -> tuple[Values, list, RoutingCounts | None]:
+        """Loss of one micro-batch, with auxiliary terms for `share` of the step's; its routings; all ranks' counts."""
         with autocast(self.config.train.precision, self.device):
             output = self.forward(batch.tokens_BS, document_BS=attention_documents(batch, self.config))
         routings = [routing for routing in output.routings if routing is not None]
+        own_counts = count(routings)
+        counts = own_counts and RoutingCounts(**self.ranks.total(own_counts._asdict()))
         lm = lm_loss(output.logits, batch.labels_BS, num_labels)
-        terms = self.objective.terms(routings, self._loads(routings))
-        loss = lm + share * self.objective.penalties(terms, self.objective.spare_starving(routings, coef))
-        return {"loss": loss, "lm_loss": lm} | {name: share * term_L for name, term_L in terms.items()}, routings
+        terms = self.objective.terms(routings, self._loads(counts), self._ranks_loads(counts))
+        loss = lm + share * self.objective.penalties(terms, self.objective.spare_starving(counts, coef))
+        values = {"loss": loss, "lm_loss": lm} | {name: share * term_L for name, term_L in terms.items()}
+        return values, routings, counts
 
-    def _loads(self, routings: list) -> Tensor | None:
-        """The previous step's loads, or in the very first step the micro-batch's own."""
+    def _loads(self, counts: RoutingCounts | None) -> Tensor | None:
+        """The previous step's loads, or in the very first step the micro-batch's."""
         if self.loads_LE is None:
-            return None
-        own = count(routings)
-        assert own is not None, "loads are kept only for models with MoE layers"
-        return torch.where(self.has_loads, self.loads_LE, own.loads_LE)
+            return self._ranks_loads(counts)
+        assert counts is not None, "loads are kept only for models with MoE layers"
+        return torch.where(self.has_loads, self.loads_LE, counts.loads_LE)
+
+    def _ranks_loads(self, counts: RoutingCounts | None) -> Tensor | None:
+        """The loads of all ranks' micro-batches together, where a routing's own are not the same."""
+        is_shared = self.ranks.size > 1 and self.config.sparsity.mode == "paper"
+        return counts.loads_LE if counts and is_shared and self.config.sparsity.loads != "micro_batch" else None
 
     @torch.no_grad()
     def _after_step(self, counts: RoutingCounts | None, observed: Observed, skipped: Tensor, step: int) -> None:
@@ -173,15 +189,6 @@ def build_controller(config: TrainConfig, num_layers: int) -> SparsityController
 def uses_previous_loads(config: TrainConfig) -> bool:
     """Whether the L1 term is weighed by the previous step's loads (the released code always used the micro-batch's)."""
     return config.sparsity.loads == "previous_step" and config.sparsity.mode == "paper"
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients down to `max_norm` (0: leave them) and return their norm before that: 0-dim."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def routing_values(counts: RoutingCounts) -> Values:

@@ -1,6 +1,7 @@
 """One run in progress: steps, and what happens between them."""
 
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from remoe.training import checkpoint, router_hooks, run
 from remoe.training.checkpoint import Checkpoint
 from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
-from remoe.training.metrics import Metrics, MetricsFile, cut_back
+from remoe.training.metrics import Metrics, MetricsFile, NoMetricsFile, cut_back
 from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
 from remoe.training.resume import check_corpus, random_state, set_random_state
@@ -44,6 +45,7 @@ class Trainer:
         self.path = path
         self.corpus = corpus
         self.stepper = stepper
+        self.ranks = stepper.ranks
         self.reporter = reporter
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -82,6 +84,9 @@ class Trainer:
 
     def prepare_folder(self, overwrite: bool) -> None:
         """Make the run's folder hold what belongs to the steps done so far, and nothing else of ours."""
+        self.ranks.on_first(lambda: self._prepare_folder(overwrite))
+
+    def _prepare_folder(self, overwrite: bool) -> None:
         if overwrite:
             run.clear(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -94,8 +99,10 @@ class Trainer:
     def train(self) -> None:
         """Take the remaining steps. Raises RunStoppedError, after a checkpoint, when a signal asked to stop."""
         sinks = Sinks(self.reporter.message)
-        sinks.open(self.config.train.sinks, self.path, to_dict(self.config), self.step)
-        self.recorder = Recorder(self.config, MetricsFile(self.path / run.METRICS), sinks, self.reporter)
+        if self.ranks.is_first:
+            sinks.open(self.config.train.sinks, self.path, to_dict(self.config), self.step)
+        file = MetricsFile(self.path / run.METRICS) if self.ranks.is_first else NoMetricsFile()
+        self.recorder = Recorder(self.config, file, sinks, self.reporter)
         self.reporter.start(self.config.name, self.config.train.steps, self.step)
         try:
             with StopRequest() as stop:
@@ -107,15 +114,17 @@ class Trainer:
     def _take_steps(self, stop: StopRequest) -> None:
         while self.step < self.config.train.steps:
             self._take_step(self._due(self.step + 1))
-            if stop.number is not None and self.step < self.config.train.steps:
+            number = self.ranks.largest_number(stop.number or 0)
+            if number and self.step < self.config.train.steps:
                 self._save()
+                name = signal.Signals(number).name
                 raise RunStoppedError(
-                    f"{self.path} was stopped by {stop.name} after step {self.step}; --resume goes on from there",
-                    stop.number,
+                    f"{self.path} was stopped by {name} after step {self.step}; --resume goes on from there", number
                 )
 
     def _take_step(self, due: Due) -> None:
-        values = self._train_on(self.sampler.batch(self.step), self.step + 1, due.flips)
+        parts = self.ranks.rows(self.config.train.batch_size, self.stepper.micro_batch)
+        values = self._train_on(self.sampler.rows(self.step, parts), self.step + 1, due.flips)
         self.step += 1
         self.recorder.count_step()
         measured = self._validate() if due.validation else {}
@@ -150,6 +159,7 @@ class Trainer:
                 self.corpus.validation.domains,
                 document_mask=self.config.data.document_mask,
                 precision=self.config.train.precision,
+                ranks=self.ranks,
             )
         if math.isfinite(result["loss"]) and (self.best is None or result["loss"] < self.best["loss"]):
             self.best = {"step": self.step, "loss": result["loss"]}
@@ -159,9 +169,9 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Batch]:
         """`validation_batches` batches of `batch_size` sequences, in pieces that one forward pass can hold."""
-        loop = self.config.train
-        pieces = loop.validation_batches * (loop.batch_size // loop.micro_batch)
-        return validation_batches(self.corpus.validation, self.config.data.sequence_length, loop.micro_batch, pieces)
+        loop, rows = self.config.train, self.stepper.micro_batch
+        pieces = loop.validation_batches * (loop.batch_size // rows)
+        return validation_batches(self.corpus.validation, self.config.data.sequence_length, rows, pieces)
 
     def _is_best(self, step: int) -> bool:
         return self.best is not None and self.best["step"] == step
@@ -173,10 +183,11 @@ class Trainer:
             self.recorder.flush()
             self.recorder.file.sync()
             tensors = self.stepper.tensors() | random_state(self.stepper.device)
-            checkpoint.write(self.checkpoints, tensors, self._record())
+            checkpoint.write(self.checkpoints, tensors, self._record(), self.ranks)
             self.saved_step = self.step
             best_step = self.best["step"] if self.best else None
-            checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, best_step)
+            keep = self.config.train.keep_checkpoints
+            self.ranks.on_first(lambda: checkpoint.prune(self.checkpoints, keep, best_step))
 
     def _record(self) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.data.sampler import NO_LABEL
+from remoe.distributed.ranks import Ranks
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
 from remoe.moe.routing import Routing, count_tokens
@@ -36,17 +37,19 @@ def evaluate(
     *,
     document_mask: bool = False,
     precision: str = "fp32",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Mean loss per label: `loss`, `per_domain` {name: loss} and `active_experts` (per token, mean over MoE layers).
 
     Losses are in nats; `labels` {name: count} tells how many labels they are over. A domain without a label in the
     batches is left out; a dense model has no active experts (None). `others` {name: the same values} holds the other
-    ways in which the routers can be evaluated (moe.evaluation).
+    ways in which the routers can be evaluated (moe.evaluation). `ranks` share the batches; all get the same result.
     """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     totals = {way: _Sums(len(domains), device) for way in (None, *other_evaluations(model))}
     with evaluating(model):
-        for batch in batches:
+        for batch, is_own in ranks.share_out(batches):
             mask_BS = token_mask(batch)
             mask_BS = mask_BS if mask_BS is None else mask_BS.to(device)
             batch = to_device(batch, device)
@@ -54,7 +57,10 @@ def evaluate(
             for way, total in totals.items():
                 with autocast(precision, device), evaluated_as(model, way):
                     output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
-                total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
+                if is_own:
+                    total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
+    for total in totals.values():
+        total.add_over(ranks)
     others = {way: total.result(domains) for way, total in totals.items() if way is not None}
     return totals[None].result(domains) | {"others": others}
 
@@ -86,6 +92,10 @@ class _Sums:
         for routing in routings:
             self.active += stats.active_pairs(routing)
             self.tokens += count_tokens(routing)
+
+    def add_over(self, ranks: Ranks) -> None:
+        sums = {"losses_D": self.losses_D, "labels_D": self.labels_D, "active": self.active, "tokens": self.tokens}
+        self.losses_D, self.labels_D, self.active, self.tokens = ranks.total(sums).values()
 
     def result(self, domains: Sequence[str]) -> dict[str, Any]:
         losses, counts = self.losses_D.tolist(), self.labels_D.tolist()
