@@ -135,11 +135,29 @@ def figures(results: dict[str, Any]) -> str:
         if all(pair):
             ratio = pair[1]["forward_backward_ms"] / pair[0]["forward_backward_ms"]
             found.append([f"{second} over {first}", f"{ratio:.3f}", f"≤ {most}", _yes(ratio <= most)])
+    found += _chunks(shapes)
     many = _best(shapes.get("remoe469m_E128", []), "ours", "var")
     if many:
         ratio = many["forward_backward_ms"] / many["floor_ms"]
         found.append(["remoe469m_E128 over its memory floor", f"{ratio:.3f}", "≤ 1.2", _yes(ratio <= 1.2)])
     return _markdown(("figure", "measured", "target", "reached"), found)
+
+
+def _chunks(shapes: dict[str, list[Row]]) -> list[list[str]]:
+    """The dense start in chunks: its time, and its peak beside that of the steady state."""
+    names = {"stage1_182m_E8": "remoe_chunked", "remoe182m_E8": "remoe"}
+    rows = [
+        next((row for row in shapes.get(name, []) if row["candidate"] == column and row["route"] == "var"), None)
+        for name, column in names.items()
+    ]
+    start, steady = rows
+    if not start or "forward_backward_ms" not in start:
+        return []
+    found = [["stage1_182m_E8 in chunks, ms", _ms(start), "≤ 8.5", _yes(start["forward_backward_ms"] <= 8.5)]]
+    if steady and steady.get("peak_bytes"):
+        ratio = start["peak_bytes"] / steady["peak_bytes"]
+        found.append(["its peak over the steady state's", f"{ratio:.3f}", "≤ 1.15", _yes(ratio <= 1.15)])
+    return found
 
 
 def _even(name: str, column: str, rows: list[Row]) -> list[str] | None:

@@ -88,6 +88,10 @@ def test_lists_and_padded_lists_hold_the_pairs_of_the_dense_routing(problem: Pro
 def test_our_layer_is_as_near_the_reference_as_the_plain_path(column: str, route: str, dtype: torch.dtype):
     problem = Problem(SHAPES["tiny_E16"], CPU, dtype)
     routing = problem.route(route)
+    if column not in ("remoe", "remoe_capacity", "remoe_plain"):
+        with pytest.raises(peers.NotApplicable):
+            ours.COLUMNS[column](problem, routing)
+        return
     wanted = expected(problem, routing)
     out_TH = ours.COLUMNS[column](problem, routing)()
     grads = torch.autograd.grad(out_TH, problem.leaves(routing), problem.grad_out_TH)
@@ -158,6 +162,12 @@ def test_a_peer_that_fails_leaves_the_others_their_rows(monkeypatch: pytest.Monk
     by_name = {row["candidate"]: row for row in results.rows}
     assert "AttributeError" in by_name["grouped_mm"]["error"]
     assert by_name["loop"]["forward_backward_ms"] > 0
+
+
+def test_the_dense_start_is_worked_off_in_chunks_of_what_its_steady_state_keeps():
+    problem = Problem(SHAPES["stage1_tiny"], CPU, torch.float32)
+    routing = problem.route("var")
+    assert torch.equal(ours.COLUMNS["remoe_chunked"](problem, routing)(), ours.exact(problem, routing)())
 
 
 def test_a_library_that_is_not_installed_is_said_once():

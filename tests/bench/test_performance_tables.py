@@ -72,6 +72,16 @@ def test_figures_compare_rows_with_each_other(tables):
     assert "| remoe469m_E128 over its memory floor | 1.100 | ≤ 1.2 | yes |" in text
 
 
+def test_figures_of_the_dense_start_are_time_and_peak_in_chunks(tables):
+    rows = [
+        row("stage1_182m_E8", "ours", "remoe_chunked", "var", 8.6, peak_bytes=110),
+        row("remoe182m_E8", "ours", "remoe", "var", 1.7, peak_bytes=100),
+    ]
+    text = tables.figures({"rows": rows})
+    assert "| stage1_182m_E8 in chunks, ms | 8.60 | ≤ 8.5 | **no** |" in text
+    assert "| its peak over the steady state's | 1.100 | ≤ 1.15 | yes |" in text
+
+
 def test_ratios_compare_relu_with_top_k_and_with_transformers(tables):
     rows = [
         {"model": "m", "kind": "ratio", "speed": 1.004, "stages_extra_time": 0.0012, "candidate": "relu over topk"},

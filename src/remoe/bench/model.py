@@ -8,7 +8,8 @@ of 0, so that drift of the machine's speed hits both and the routing stays.
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,12 +240,26 @@ def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
 
 @torch.no_grad()
 def _plain_loss(model: ReMoEForCausalLM, batch: Batch, device: torch.device) -> float:
-    """A sequence at a time: the logits of all would be the largest tensor of the benchmark."""
-    losses = [
-        F.cross_entropy(model(tokens_S[None].to(device)).logits[0].float(), labels_S.to(device))
-        for tokens_S, labels_S in zip(batch.tokens_BS, batch.labels_BS, strict=True)
-    ]
+    """With one matrix product an expert, a sequence at a time: the logits of all would be the largest tensor here."""
+    with _plain_experts(model):
+        losses = [
+            F.cross_entropy(model(tokens_S[None].to(device)).logits[0].float(), labels_S.to(device))
+            for tokens_S, labels_S in zip(batch.tokens_BS, batch.labels_BS, strict=True)
+        ]
     return float(torch.stack(losses).mean())
+
+
+@contextmanager
+def _plain_experts(model: ReMoEForCausalLM) -> Iterator[None]:
+    grouped: list[Any] = [layer.experts for layer in steady.moe_layers(model)]
+    before = [experts.kernels for experts in grouped]
+    for experts in grouped:
+        experts.kernels = "plain"
+    try:
+        yield
+    finally:
+        for experts, kernels in zip(grouped, before, strict=True):
+            experts.kernels = kernels
 
 
 def _wrong_density(row: Row, config: TrainConfig) -> list[str]:

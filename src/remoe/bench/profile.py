@@ -17,10 +17,11 @@ _MOST = 20
 _WORK = (
     ("swiglu_fwd_kernel", 2.0),
     ("swiglu_bwd_kernel", 1.0),
-    ("rows_matmul_kernel", 1.5),  # 1 for y, 2 for the hidden states' gradient
-    ("weight_grad_kernel", 1.5),  # 1 for the down projection, 2 for gate and up
+    ("rows_matmul_kernel", 1.5),
+    ("weight_grad_kernel", 1.5),
 )
-"""Our kernels (patterns) and the products of a call, on average, in units of N * H * F multiply-adds."""
+"""Our kernels (patterns) and the products of a call, on average, in units of N * H * F multiply-adds. 1.5: one call
+of 1 (for the down projection) and one of 2 (for gate and up); a lone call is either and is not rated."""
 _TRAFFIC = (
     ("gather_kernel", 2, 0),
     ("combine_kernel", 1, 1),
@@ -80,7 +81,7 @@ def _kernel(event: Any, is_cuda: bool) -> Kernel:
 
 def _rates(kernel: Kernel, shape: LayerShape, bytes_a_number: int) -> Kernel:
     for pattern, products in _WORK:
-        if re.search(pattern, kernel["kernel"]):
+        if re.search(pattern, kernel["kernel"]) and (products * kernel["calls"]).is_integer():
             return {"tflops": _tflops(products * kernel["calls"], shape, kernel["us"])}
     for pattern, rows, tokens in _TRAFFIC:
         if re.search(pattern, kernel["kernel"]):

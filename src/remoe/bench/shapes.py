@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from remoe.errors import ConfigError, one_of
 
+STAGE_1 = "stage1"
+"""How the names of shapes begin that stand for the dense start: E/2 experts a token on average, 1 once it is over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
@@ -17,6 +20,8 @@ class LayerShape:
     top_k: int
     has_fixed_k: bool = True
     """Whether Top-K routing has this shape too; ReLU's dense start (Stage I) has no Top-K counterpart."""
+    steady_top_k: int = 1
+    """Experts that a token uses once training has settled; above it only in the dense start."""
     target_ms: float | None = None
     """Forward and backward with variable counts, as issue 5 wants it on an H100."""
 
@@ -56,7 +61,8 @@ def _shape(name: str, sizes: tuple[int, int, int, int, int], target_ms: float | 
         expert_size=expert_size,
         num_experts=num_experts,
         top_k=top_k,
-        has_fixed_k=not name.startswith("stage1"),
+        has_fixed_k=not name.startswith(STAGE_1),
+        steady_top_k=1 if name.startswith(STAGE_1) else top_k,
         target_ms=target_ms,
     )
 
