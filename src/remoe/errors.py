@@ -34,6 +34,10 @@ class NoRoomError(TrainingError):
     exit_code = 2
 
 
+class OneRankError(TrainingError):
+    """What went wrong in one process of several; all other errors are the same in all, and the first one says them."""
+
+
 class MissingExtraError(RemoeError, ImportError):
     """An optional library that the called feature needs and that is not installed."""
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from remoe.distributed import launch
 from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.ranks import Ranks
+from remoe.distributed.world import world_size
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 from remoe.training import checkpoint
 from remoe.training.config import OptimizerConfig
@@ -25,8 +25,8 @@ SIZES = {"hidden_size": 12, "num_heads": 2, "num_layers": 2, "intermediate_size"
 
 def tensors(seed: int, **parallel: Any) -> tuple[Ranks, dict[str, Tensor]]:
     """A model's parameters and Adam state with values that are a function of the seed, spread over all processes."""
-    resolved = resolve_parallel(ParallelConfig(**parallel), launch.world_size())
-    ranks = DataRanks(resolved, torch.device("cpu")) if launch.world_size() > 1 else Ranks()
+    resolved = resolve_parallel(ParallelConfig(**parallel), world_size())
+    ranks = DataRanks(resolved, torch.device("cpu")) if world_size() > 1 else Ranks()
     config = ReMoEConfig(vocab_size=33, router="recurrent_relu", **SIZES)  # pyright: ignore
     model = ReMoEForCausalLM(config, seed=seed)
     values = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
@@ -59,7 +59,7 @@ WITH_FOUR = {"copies with experts": {"data_replicate": 2, "expert": 2}, "all exp
 
 def layouts() -> dict[str, dict[str, int]]:
     """Those that this number of processes can have, by name."""
-    size = launch.world_size()
+    size = world_size()
     return {"one process": {}} if size == 1 else LAYOUTS if size == 2 else LAYOUTS | WITH_FOUR
 
 
@@ -67,7 +67,7 @@ def save() -> None:
     """Write the values of seed 1 in each layout."""
     for name, parallel in layouts().items():
         ranks, values = tensors(1, **parallel)
-        folder = Path(os.environ["FOLDER"]) / f"{launch.world_size()} {name}"
+        folder = Path(os.environ["FOLDER"]) / f"{world_size()} {name}"
         checkpoint.write(folder, values, {"step": 3, "config": {}}, ranks)
 
 

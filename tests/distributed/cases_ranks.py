@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from remoe.distributed import launch
 from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
+from remoe.distributed.world import world_size
 from remoe.errors import ConfigError
 
 
 def ranks(**sizes: Any) -> DataRanks:
     """The ranks of a run on all processes."""
-    return DataRanks(resolve_parallel(ParallelConfig(**sizes), launch.world_size()), torch.device("cpu"))
+    return DataRanks(resolve_parallel(ParallelConfig(**sizes), world_size()), torch.device("cpu"))
 
 
 def sums() -> dict[str, Any]:

@@ -13,13 +13,20 @@ import torch
 import torch.distributed as dist
 
 from remoe.distributed import launch
+from remoe.distributed.world import rank, world_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases_checkpoint
 import cases_exchange
+import cases_numbers
 import cases_ranks
 
-CASES: dict[str, Callable[[], Any]] = {**cases_checkpoint.CASES, **cases_exchange.CASES, **cases_ranks.CASES}
+CASES: dict[str, Callable[[], Any]] = {
+    **cases_checkpoint.CASES,
+    **cases_exchange.CASES,
+    **cases_numbers.CASES,
+    **cases_ranks.CASES,
+}
 
 
 def main() -> None:
@@ -30,10 +37,10 @@ def main() -> None:
         results = {}
         for name in names:
             results[name] = everyone = [CASES[name]()]
-            if launch.world_size() > 1:
-                everyone *= launch.world_size()
+            if world_size() > 1:
+                everyone *= world_size()
                 dist.all_gather_object(everyone, everyone[0])
-    if launch.rank() == 0:
+    if rank() == 0:
         output.write_text(json.dumps(results))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from remoe.errors import NoRoomError, RemoeError, nearest
+from remoe.distributed.world import is_first
+from remoe.errors import NoRoomError, OneRankError, RemoeError, nearest
 
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -30,7 +31,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RemoeError as error:
-        return _say(str(error), error.exit_code)
+        speaks = is_first() or isinstance(error, OneRankError)
+        return _say(str(error), error.exit_code) if speaks else error.exit_code
     except ClickException as error:
         return _usage(error)
     except OSError as error:

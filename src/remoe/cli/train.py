@@ -34,7 +34,7 @@ def train_command(
         raise ConfigError("CONFIG is missing, must be a YAML file or a recipe; try: remoe train demo-relu")
     settings = read_config(config, overrides or ())  # a mistake in it comes before the seconds that torch takes to load
 
-    from remoe.distributed.launch import is_first
+    from remoe.distributed.world import is_first
     from remoe.training import train
     from remoe.training.progress import terminal_reporter
 

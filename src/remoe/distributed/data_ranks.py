@@ -14,7 +14,7 @@ from remoe.distributed.gradients import clip_shared_gradients
 from remoe.distributed.mesh import Meshes
 from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
-from remoe.errors import RemoeError
+from remoe.errors import OneRankError, RemoeError
 
 
 class DataRanks(Ranks):
@@ -73,7 +73,10 @@ class DataRanks(Ranks):
     def in_turn(self, action: Callable[[], Result]) -> Result:
         done: list[Result] = []
         self.on_first(lambda: done.append(action()))
-        return done[0] if done else action()
+        try:
+            return done[0] if done else action()
+        except RemoeError as error:
+            raise OneRankError(f"process {self.index}: {error}") from error
 
     def gather(self, value: Result) -> list[Result]:
         everyone: list[Any] = [None] * self.size

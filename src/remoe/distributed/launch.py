@@ -11,36 +11,22 @@ import torch.distributed as dist
 
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.ranks import Ranks
-from remoe.errors import ConfigError, TrainingError
+from remoe.distributed.world import number, rank, world_size
+from remoe.errors import ConfigError, OneRankError
 
 SETTLING_SECONDS = 0.1
 """gloo's threads let go of the last tensors only now, for which they need Python: at its end they would abort it."""
 
 
-def world_size() -> int:
-    """How many processes were started together; 1 for a plain start."""
-    return _number("WORLD_SIZE", 1)
-
-
-def rank() -> int:
-    """This process's number among them, from 0."""
-    return _number("RANK", 0)
-
-
-def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
-    return rank() == 0
-
-
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU, by torchrun's LOCAL_RANK; TrainingError where there are not enough."""
+    """This process's own GPU, by torchrun's LOCAL_RANK; OneRankError where there are not enough."""
     if device.type != "cuda" or world_size() == 1:
         return device
     if device.index is not None:
         raise ConfigError(f"train.device is '{device}', must be auto, cpu or cuda: each process takes its own GPU")
-    local = _number("LOCAL_RANK", rank())
+    local = number("LOCAL_RANK", rank())
     if local >= torch.cuda.device_count():
-        raise TrainingError(
+        raise OneRankError(
             f"process {rank()} needs GPU {local} of this host, but torch sees {torch.cuda.device_count()}; "
             "start torchrun with --nproc-per-node equal to the number of GPUs"
         )
@@ -85,15 +71,6 @@ def _store(timeout: timedelta) -> dist.Store:
             "e.g. torchrun --standalone --nproc-per-node 2 -m remoe train CONFIG"
         )
     is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0
-    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
     store = dist.TCPStore(address, port, world_size(), is_master=is_host, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _number(name: str, otherwise: int) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        return otherwise
-    if not text.isdigit():
-        raise ConfigError(f"environment variable {name} is {text!r}, must be a number as torchrun sets it")
-    return int(text)

@@ -14,6 +14,7 @@ import torch
 from remoe.data import open_corpus
 from remoe.distributed import launch
 from remoe.distributed.ranks import Ranks
+from remoe.distributed.world import world_size
 from remoe.errors import CheckpointError
 from remoe.model import ReMoEForCausalLM
 from remoe.training import lock, run
@@ -44,10 +45,10 @@ def train(
     checkpoint are written. Started by torchrun, all processes call this and train together.
     """
     path = Path(root) / config.name
-    config = resolve_ranks(config, launch.world_size())
+    parallel = resolve_ranks(config, world_size())
     device = launch.local_device(pick_device(config.train.device))
-    with launch.process_group(device, config.parallel.timeout), ExitStack() as stack:
-        ranks = launch.join(config.parallel, device)
+    with launch.process_group(device, parallel.timeout), ExitStack() as stack:
+        ranks = launch.join(parallel, device)
         ranks.on_first(lambda: _claim(path, resume, overwrite, stack))
         reporter = (reporter or LogReporter()) if ranks.is_first else SilentReporter()
         return _train_in(Job(path, device, resume, overwrite), config, ranks, reporter)

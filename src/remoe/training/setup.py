@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from remoe.data import Tokenizer
-from remoe.distributed.config import check_experts, own_micro_batch, resolve_parallel
+from remoe.distributed.config import ParallelConfig, check_experts, own_micro_batch, resolve_parallel
 from remoe.errors import ConfigError
 from remoe.moe.routers import router_class
 from remoe.training.config import TrainConfig
@@ -28,8 +28,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def resolve_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The config with `parallel` filled in for so many processes. ConfigError where they do not fit."""
+def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
+    """The `parallel` section filled in for so many processes. ConfigError where run and processes do not fit."""
     parallel = resolve_parallel(config.parallel, world_size)
     moe, loop = config.model.moe, config.train
     has_experts = config.model.num_moe_layers > 0
@@ -38,7 +38,7 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
     own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size)
     if parallel.data_ranks > 1 and loop.compile:
         raise ConfigError("train.compile is true, must be false with more than one process for now")
-    return dataclasses.replace(config, parallel=parallel)
+    return parallel
 
 
 def resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:

@@ -1,0 +1,231 @@
+"""One step of several processes beside the same step of one, from states along a run; and whole runs of both."""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from remoe.config import from_dict
+from remoe.data import Batch
+from remoe.distributed.config import resolve_parallel
+from remoe.distributed.data_ranks import DataRanks
+from remoe.distributed.world import world_size
+from remoe.model import ReMoEForCausalLM
+from remoe.moe import SparsityController
+from remoe.training import TrainConfig
+from remoe.training.step import Stepper
+
+ROWS, LENGTH, VOCABULARY = 8, 16, 32
+ROUTERS = ("relu", "topk", "recurrent_relu")
+STAGES = {"dense": 2, "sparser": 26, "sparse": 60}
+"""Steps after which a state is taken: before the L1 term acts, while it thins the experts out, at the target."""
+TWO = {"shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2}}
+FOUR = {
+    "shards": {},
+    "copies": {"data_replicate": 2},
+    "experts": {"expert": 4},
+    "experts and shards": {"expert": 2},
+    "copies with experts": {"data_replicate": 2, "expert": 2},
+}
+
+
+def layouts() -> dict[str, dict[str, Any]]:
+    """Those that this number of processes can have."""
+    return TWO if world_size() == 2 else FOUR
+
+
+def config(router: str, **changes: Any) -> TrainConfig:
+    """A run whose coefficient doubles each step, so that all three stages pass in 60."""
+    model = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1,
+        "intermediate_size": 16, "num_experts": 4, "init_std": 0.15, "router": router,
+    }  # fmt: skip
+    sections = {
+        "optimizer": {"lr": 5e-3, "warmup_steps": 2, "clip": 0.0},
+        "sparsity": {"multiplier": 1.7, "init": 1e-6},
+        "train": {"steps": 80, "batch_size": ROWS, "device": "cpu"} | changes.pop("train", {}),
+    }
+    return from_dict(TrainConfig, {"model": model, **sections, **changes})
+
+
+def batch(step: int) -> Batch:
+    """Sequences that count up from a random token by 1 or 3: there is something to learn."""
+    draw = torch.Generator().manual_seed(step)
+    start_B1 = torch.randint(0, VOCABULARY, (ROWS, 1), generator=draw)
+    stride_B1 = 1 + 2 * torch.randint(0, 2, (ROWS, 1), generator=draw)
+    tokens_BS = (start_B1 + stride_B1 * torch.arange(LENGTH + 1)) % VOCABULARY
+    labels_BS = tokens_BS[:, 1:].clone()
+    labels_BS[0, : 3 + step % 5] = -100  # rows with different numbers of labels
+    zeros_BS = torch.zeros_like(labels_BS)
+    return Batch(tokens_BS[:, :-1], labels_BS, zeros_BS, zeros_BS)
+
+
+def alone(built: TrainConfig) -> Stepper:
+    """The stepper of one process."""
+    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cpu"))
+
+
+def together(built: TrainConfig) -> Stepper:
+    """This rank's part of the stepper of all processes."""
+    ranks = DataRanks(resolve_parallel(built.parallel, world_size()), torch.device("cpu"))
+    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cpu"), ranks)
+
+
+def take_step(stepper: Stepper, step: int) -> dict[str, Tensor]:
+    """Step number `step` on this rank's rows."""
+    parts = stepper.ranks.rows(ROWS, stepper.micro_batch)
+    rows = [row for part in parts for row in range(ROWS)[part]]
+    return stepper.run(Batch(*(values[rows] for values in batch(step))), step)
+
+
+@cache
+def states(router: str) -> dict[str, dict[str, Tensor]]:
+    """Everything a resumed run needs, after the steps of STAGES."""
+    stepper, found = alone(config(router)), {}
+    for step in range(1, max(STAGES.values()) + 1):
+        take_step(stepper, step)
+        for name, after in STAGES.items():
+            if step == after:
+                found[name] = {key: value.detach().clone() for key, value in stepper.tensors().items()}
+    return found
+
+
+def put(stepper: Stepper, state: dict[str, Tensor]) -> None:
+    """Make a stepper go on from a state, whatever its layout."""
+    with torch.no_grad():
+        for name, target in stepper.tensors().items():
+            if isinstance(target, DTensor):
+                part = distribute_tensor(state[name], target.device_mesh, target.placements)
+                target.to_local().copy_(part.to_local())
+            else:
+                target.copy_(state[name])
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return ((whole(found) - whole(expected)).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def compare(found: Stepper, expected: Stepper, step: int) -> dict[str, Any]:
+    """How far apart loss, gradients and the weights after the step are; the names of gradients that only one has."""
+    values, reference = take_step(found, step), take_step(expected, step)
+    pairs = list(zip(found.model.named_parameters(), expected.model.parameters(), strict=True))
+    lacking = [name for (name, ours), theirs in pairs if (ours.grad is None) != (theirs.grad is None)]
+    gradients = [
+        (distance(ours.grad, theirs.grad), name)
+        for (name, ours), theirs in pairs
+        if ours.grad is not None and theirs.grad is not None
+    ]
+    counts = [name for name in ("active", "total", "tokens", "max_tokens") if name in reference]
+    return {
+        "loss": distance(values["loss"], reference["loss"]),
+        "lm_loss": distance(values["lm_loss"], reference["lm_loss"]),
+        "grad_norm": distance(values["grad_norm"], reference["grad_norm"]),
+        "gradient": max(gradients),
+        "weights": max(distance(ours.detach(), theirs.detach()) for (_, ours), theirs in pairs),
+        "lacking": lacking,
+        "counts": all(values[name].tolist() == reference[name].tolist() for name in counts),
+        "coef": None if found.controller is None else found.controller.log_coef.item(),
+        "expected_coef": None if expected.controller is None else expected.controller.log_coef.item(),
+        "sparsity": 1 - (reference["active"].sum() / reference["total"].sum()).item(),
+    }
+
+
+def cases() -> Iterable[tuple[str, str, dict[str, Any], bool]]:
+    """Router, layout and activation checkpointing; not every combination, but every pair of a router and a layout
+    that differ in what they send.
+    """
+    for router in ROUTERS:
+        for name, parallel in layouts().items():
+            is_main = name in ("shards", "experts", "experts and shards")
+            if is_main or router != "topk":
+                yield router, name, parallel, False
+            if is_main and world_size() == 2:
+                yield router, name, parallel, True
+
+
+def steps() -> dict[str, Any]:
+    """One step from each stage for each case, in two micro-batches."""
+    found = {}
+    for router, name, parallel, is_recomputed in cases():
+        loop = {"activation_checkpointing": is_recomputed}
+        one = config(router, train=loop | {"micro_batch_size": ROWS // 2})
+        own = ROWS // 2 // world_size()
+        many = config(router, train=loop | {"micro_batch_size": own}, parallel=parallel)
+        expected, ours = alone(one), together(many)
+        for stage, state in states(router).items():
+            put(expected, state)
+            put(ours, state)
+            key = f"{router}, {name}{', recomputed' if is_recomputed else ''}, {stage}"
+            found[key] = compare(ours, expected, STAGES[stage] + 1)
+    return found
+
+
+def averaged() -> float:
+    """The largest error of a gradient if the ranks' gradients were averaged, as data-parallel training mostly does."""
+    ours, expected = together(config("relu", parallel={"expert": 2})), alone(config("relu"))
+    for module in ours.model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(float(world_size()))
+    return compare(ours, expected, 1)["gradient"][0]
+
+
+def runs() -> dict[str, Any]:
+    """Losses of whole runs: of one process, of one whose embedding is off by a bit, and of all together."""
+    found = {}
+    for router in ROUTERS:
+        one, noisy, many = alone(config(router)), alone(config(router)), together(config(router))
+        with torch.no_grad():
+            embedding = noisy.model.model.embed_tokens.weight  # pyright: ignore
+            embedding.copy_(torch.nextafter(embedding, torch.full_like(embedding, 9.0)))
+        losses = [
+            [take_step(stepper, step)["lm_loss"].item() for step in range(1, 81)] for stepper in (one, noisy, many)
+        ]
+        coefs = [stepper.controller.log_coef.item() if stepper.controller else 0.0 for stepper in (one, noisy, many)]
+        found[router] = {"losses": losses, "coefs": coefs}
+    return found
+
+
+def coefficients() -> dict[str, Any]:
+    """The coefficient after 1,000 steps with random counts, of all ranks together and of their sums in one place."""
+    ours = DataRanks(resolve_parallel(config("relu").parallel, world_size()), torch.device("cpu"))
+    together, expected = SparsityController(1, 4), SparsityController(1, 4)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        active_R = torch.randint(0, 2**40, (ours.size,), generator=draw)
+        total_R = 4 * active_R + torch.randint(-2, 3, (ours.size,), generator=draw)  # a hair from the target
+        counts = ours.total({"active": active_R[ours.index], "total": total_R[ours.index]})
+        together.update(**counts)
+        expected.update(active_R.sum(), total_R.sum())
+    return {"found": together.log_coef.item(), "expected": expected.log_coef.item()}
+
+
+def poisoned() -> dict[str, Any]:
+    """A step in which the last rank's loss is NaN, and what it left of weights, optimizer and coefficient."""
+    ours = together(config("relu"))
+    take_step(ours, 1)
+    before = {name: whole(value.detach()).clone() for name, value in ours.tensors().items()}
+    factor = float("nan") if ours.ranks.index == ours.ranks.size - 1 else 1.0
+    poison = ours.model.model.norm.register_forward_hook(lambda module, inputs, hidden: hidden * factor)
+    values = take_step(ours, 2)
+    after = {name: whole(value.detach()) for name, value in ours.tensors().items()}
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    poison.remove()
+    return {
+        "skipped": values["skipped"].item(),
+        "changed": changed,
+        "next": take_step(ours, 3)["skipped_in_a_row"].item(),
+    }
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned,
+}  # fmt: skip

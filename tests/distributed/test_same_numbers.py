@@ -1,0 +1,79 @@
+"""Training on several processes gives the numbers of one: cases_numbers.py."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases_numbers import ROUTERS, STAGES
+
+pytestmark = pytest.mark.xdist_group("distributed")
+TOLERANCE = 1e-5
+ROUNDING = 4
+"""A whole run may be this many times as far from one process's as that is from itself with one bit of noise."""
+
+
+@pytest.fixture
+def results(results_of: Callable[..., Any]) -> dict[str, Any]:
+    return results_of(2, "steps", "averaged", "runs", "coefficients", "poisoned")
+
+
+def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
+    """Loss, every gradient, counts and coefficient of every case, on every rank."""
+    for found in everyone:
+        assert len(found) == num_cases * len(STAGES)
+        for case, step in found.items():
+            assert step["lacking"] == [], case
+            assert step["counts"], case
+            assert step["coef"] == step["expected_coef"], case
+            for value in ("loss", "lm_loss", "grad_norm", "weights"):
+                assert step[value] < TOLERANCE, (case, value)
+            error, name = step["gradient"]
+            assert error < TOLERANCE, (case, name)
+
+
+def test_loss_and_every_gradient_of_two_processes_are_those_of_one_in_all_three_stages(results: dict[str, Any]):
+    check(results["steps"], num_cases=2 * 4 + 2 + 3 * 2)
+
+
+def test_the_states_are_from_all_three_stages(results: dict[str, Any]):
+    stages = {name: step for name, step in results["steps"][0].items() if name.startswith("relu, shards, ")}
+    dense, sparser, sparse = (stages[f"relu, shards, {stage}"] for stage in STAGES)
+    assert math.exp(dense["coef"]) < 1e-4, "the L1 term does not act yet"
+    assert math.exp(sparser["coef"]) > 1, "it does now, and late: a wrong load factor would show"
+    assert dense["sparsity"] < 0.55 < 0.65 < sparse["sparsity"]
+
+
+def test_gradients_averaged_over_ranks_would_be_seen(results: dict[str, Any]):
+    assert all(error > 0.1 for error in results["averaged"])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_whole_runs_are_no_further_apart_than_rounding_takes_them(results: dict[str, Any], router: str):
+    for found in results["runs"]:
+        one, noisy, many = found[router]["losses"]
+        by_noise = max(abs(a - b) for a, b in zip(one, noisy, strict=True))
+        assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= ROUNDING * by_noise
+        assert one[-1] < one[0] - 1, "it learned something"
+
+
+def test_all_ranks_have_one_coefficient_after_whole_runs_and_after_a_thousand_steps(results: dict[str, Any]):
+    for found in results["coefficients"]:
+        assert found["found"] == found["expected"] == results["coefficients"][0]["found"]
+    for router in ROUTERS:
+        assert len({coef for found in results["runs"] for coef in found[router]["coefs"]}) == 1
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(results: dict[str, Any]):
+    for found in results["poisoned"]:
+        assert found == {"skipped": 1, "changed": ["progress.skipped", "progress.skipped_in_a_row"], "next": 0}
+
+
+@pytest.mark.slow
+def test_loss_and_every_gradient_of_four_processes_are_those_of_one_in_all_three_stages(
+    results_of: Callable[..., Any],
+):  # fmt: skip
+    found = results_of(4, "steps", "averaged")
+    check(found["steps"], num_cases=2 * 5 + 3)
+    assert all(error > 0.1 for error in found["averaged"])

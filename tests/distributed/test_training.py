@@ -1,0 +1,119 @@
+"""`remoe train` under torchrun: one run, whatever the number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remoe.config import to_yaml
+from remoe.training import TrainConfig, train
+from remoe.training.run import Run
+from tests.distributed.conftest import torchrun
+from tests.training.conftest import batch, config, numbers, text  # noqa: F401
+
+pytestmark = pytest.mark.xdist_group("distributed")
+CONSTANT = {"schedule": "constant"}
+"""A learning rate that does not depend on the number of steps."""
+COMPARED = ("loss", "lm_loss", "grad_norm", "sparsity_l1", "valid_loss", "sparsity_coef")
+
+
+def write_config(folder: Path, built: TrainConfig) -> str:
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(built))
+    return str(path)
+
+
+def remoe_train(num_processes: int, path: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return torchrun(num_processes, "-m", "remoe", "train", path, "--root", str(root), "--no-report", *more)
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Equal counts, and losses within rounding."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["sparsity"] == theirs["sparsity"]
+        assert ours.get("valid_loss_per_domain", {}).keys() == theirs.get("valid_loss_per_domain", {}).keys()
+        for key in COMPARED:
+            if theirs.get(key) is not None:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, theirs["step"])
+
+
+def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other(
+    config: Callable[..., TrainConfig], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    built = config(parallel={"expert": 2}, optimizer=CONSTANT)
+    one = train(config(optimizer=CONSTANT), root=tmp_path / "one")
+    path = write_config(tmp_path, built)
+    finished = remoe_train(2, path, tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("validation loss") == 1, "one process speaks for all"
+    two = Run.open(tmp_path / "two" / "small")
+    assert_close(two.metrics(), one.metrics())
+    assert two.config.parallel == built.parallel, "data_shard: auto stays auto, for other numbers of processes"
+
+    longer = config(train={"steps": 8}, optimizer=CONSTANT)
+    on_one = train(longer, root=tmp_path / "two", resume=True)
+    again = remoe_train(2, path, tmp_path / "one", "--resume", "--set", "train.steps=8")
+    assert again.returncode == 0, again.stderr
+    whole = train(longer, root=tmp_path / "whole").metrics()
+    assert_close(on_one.metrics()[6:], whole[6:])
+    assert_close(Run.open(tmp_path / "one" / "small").metrics()[6:], whole[6:])
+
+
+def test_the_same_layout_gives_the_same_bits_and_goes_on_with_them(
+    config: Callable[..., TrainConfig], numbers: Callable[..., Any], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    built = config(model={"router": "sparsemixer"}, optimizer=CONSTANT)  # it draws noise
+    path = write_config(tmp_path, built)
+    assert remoe_train(2, path, tmp_path / "first").returncode == 0
+    assert remoe_train(2, path, tmp_path / "second", "--set", "train.steps=3").returncode == 0
+    assert remoe_train(2, path, tmp_path / "second", "--resume", "--set", "train.steps=6").returncode == 0
+    first, second = (numbers(Run.open(tmp_path / name / "small").metrics()) for name in ("first", "second"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_sigterm_ends_all_processes_after_a_checkpoint(
+    config: Callable[..., TrainConfig], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    path = write_config(tmp_path, config(train={"steps": 100000, "checkpoint_interval": 100000, "flip_interval": 0}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "remoe", "train", path, "--root", str(tmp_path), "--no-report"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "small" / "metrics.jsonl", time.monotonic() + 30
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert errors.count("was stopped by SIGTERM after step") == 1
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "small" / "checkpoints" / f"step_{last:08d}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["parallel.data_shard=4"], "parallel.data_replicate * data_shard is 1 * 4 = 4, must be the number of"),
+        (["train.batch_size=3"], "train.batch_size is 3, must be a multiple of the 2 data ranks"),
+        (["model.router=lory", "parallel.expert=2"], "parallel.expert is 2, must be 1 for a router that merges"),
+    ],
+)
+def test_a_mistake_is_said_once_and_nothing_is_written(
+    config: Callable[..., TrainConfig], tmp_path: Path, changes: list[str], message: str  # noqa: F811
+):  # fmt: skip
+    finished = remoe_train(2, write_config(tmp_path, config()), tmp_path / "runs", "--set", *changes)
+    assert finished.returncode != 0
+    said = [line for line in finished.stderr.splitlines() if line.startswith("remoe: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert "remoe/training" not in finished.stderr, "no traceback but torchrun's own"
+    assert not (tmp_path / "runs").exists()
