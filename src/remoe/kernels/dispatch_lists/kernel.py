@@ -39,13 +39,12 @@ def dispatch_lists_triton(
     _scan_kernel[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
         before_BE, of_expert_E, num_blocks, num_experts, BLOCK_B=64, BLOCK_E=_SCAN_EXPERTS
     )
-    num_pairs = of_expert_E.sum()
-    length = int(num_pairs) if capacity is None else capacity
+    length = int(of_expert_E.sum()) if capacity is None else capacity
     token_N, pair_N, row_N = new(length), new(length), new(length)
-    expert_offsets, token_offsets = new(num_experts + 1), new(num_tokens + 1)
+    expert_offsets, token_offsets, num_pairs = new(num_experts + 1), new(num_tokens + 1), new()
     _write_kernel[(num_blocks,)](
         map_TE, before_BE, of_block_B, of_expert_E, token_N, pair_N, row_N, expert_offsets, token_offsets,
-        *sizes, num_blocks, length, **blocks, BLOCK_B=128, num_warps=8,
+        num_pairs, *sizes, num_blocks, length, **blocks, BLOCK_B=128, num_warps=8,
     )  # fmt: skip
     return token_N, pair_N, row_N, expert_offsets, token_offsets, num_pairs
 
@@ -89,7 +88,7 @@ def _scan_kernel(counts_ptr, totals_ptr, num_blocks, num_experts, BLOCK_B: tl.co
 @triton.jit
 def _write_kernel(
     map_ptr, before_ptr, of_block_ptr, of_expert_ptr, token_ptr, pair_ptr, row_ptr, expert_offsets_ptr,
-    token_offsets_ptr, num_tokens, num_experts, num_blocks, length,
+    token_offsets_ptr, num_pairs_ptr, num_tokens, num_experts, num_blocks, length,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -100,8 +99,10 @@ def _write_kernel(
     start_E = tl.cumsum(of_expert_E, axis=0) - of_expert_E
     if program == 0:
         tl.store(expert_offsets_ptr + expert, tl.minimum(start_E, length), mask=expert < num_experts)
-        tl.store(expert_offsets_ptr + num_experts, tl.minimum(tl.sum(of_expert_E, axis=0), length))
-        tl.store(token_offsets_ptr + num_tokens, tl.minimum(tl.sum(of_expert_E, axis=0), length))
+        num_pairs = tl.sum(of_expert_E, axis=0)
+        tl.store(num_pairs_ptr, num_pairs)
+        tl.store(expert_offsets_ptr + num_experts, tl.minimum(num_pairs, length))
+        tl.store(token_offsets_ptr + num_tokens, tl.minimum(num_pairs, length))
     earlier = tl.zeros([BLOCK_B], tl.int64)
     for first in range(0, program, BLOCK_B):
         block = first + tl.arange(0, BLOCK_B)

@@ -8,7 +8,7 @@ but its inputs, and the backward pass computes a chunk's pre-activations again.
 # (triton has no types)
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -38,12 +38,13 @@ class Call:
     """What the launches of one call share."""
 
     lists: Lists
-    weights_N: Tensor
-    """The gate of each row."""
+    weights_TE: Tensor
     choices: Choices
     num_experts: int
     hidden_size: int
     expert_size: int
+    tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Made so far, by first row of the chunk and rows of a tile."""
 
     @property
     def num_rows(self) -> int:
@@ -64,9 +65,9 @@ class Call:
         """The token of each row of a chunk."""
         return self.lists[0][chunk.first :]
 
-    def weights(self, chunk: Chunk) -> Tensor:
-        """The gate of each row of a chunk."""
-        return self.weights_N[chunk.first :]
+    def pair(self, chunk: Chunk) -> Tensor:
+        """token * E + expert of each row of a chunk."""
+        return self.lists[1][chunk.first :]
 
 
 def forward(
@@ -120,18 +121,20 @@ def _is_whole(call: Call, row_cap: int) -> bool:
 
 def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists) -> Call:
     num_experts, hidden_size, expert_size = down_proj.shape
-    num_rows = lists[0].shape[0]
-    weights_N = weights_TE.new_empty(num_rows)
-    if num_rows:
-        block = 1024
-        rows.gates_kernel[(triton.cdiv(num_rows, block),)](weights_TE, lists[1], lists[3][-1:], weights_N, BLOCK=block)
-    choices = choose(Sizes(hidden_size, expert_size, num_experts, num_rows / num_experts), down_proj.dtype)
-    return Call(lists, weights_N, choices, num_experts, hidden_size, expert_size)
+    sizes = Sizes(hidden_size, expert_size, num_experts, lists[0].shape[0] / num_experts)
+    return Call(lists, weights_TE.contiguous(), choose(sizes, down_proj.dtype), num_experts, hidden_size, expert_size)
 
 
 def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
+    key = chunk.first, block_m
+    if key not in call.tile_maps:
+        call.tile_maps[key] = _new_tile_map(call, chunk, block_m)
+    return call.tile_maps[key]
+
+
+def _new_tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
     num_m = triton.cdiv(chunk.size, block_m) + call.num_experts
-    tiles = torch.empty((3, num_m), dtype=torch.int32, device=call.weights_N.device)
+    tiles = torch.empty((3, num_m), dtype=torch.int32, device=call.weights_TE.device)
     block_e = triton.next_power_of_2(call.num_experts)
     block = max(16, min(256, 16384 // block_e))
     rows.tile_map_kernel[(triton.cdiv(num_m, block),)](
@@ -170,9 +173,9 @@ class _Source:
             self._copy_NH = _gather(self.call, self.chunk, self.x_TH)
         return self._copy_NH
 
-    def blocks(self, tiles: Tiles) -> TensorDescriptor | None:
+    def blocks(self, rows: int, columns: int) -> TensorDescriptor | None:
         """The rows to read in blocks, where they are not gathered."""
-        return None if self.is_gathered else _blocks(self.rows, tiles.m, tiles.k)
+        return None if self.is_gathered else _blocks(self.rows, rows, columns)
 
 
 def _swiglu(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor, up_N2F: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ def _swiglu(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor, u
     tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
     num_m = tile_map.shape[1]
     matmul.swiglu_fwd_kernel[(num_m * num_n,)](
-        x.tensor, x.blocks(tiles), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map, up_N2F, act_NF,
+        x.tensor, x.blocks(tiles.m, tiles.k), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map, up_N2F, act_NF,
         call.hidden_size, call.expert_size, num_m, num_n,
         GATHER=x.is_gathered, **tiles.constants(up_N2F.dtype),
     )  # fmt: skip
@@ -199,13 +202,13 @@ def _swiglu_backward(
     num_m = tile_map.shape[1]
     partial_PN = torch.empty((num_n, chunk.size), dtype=torch.float32, device=up_N2F.device)
     matmul.swiglu_bwd_kernel[(num_m * num_n,)](
-        grad_y.tensor, grad_y.blocks(tiles), _blocks(down_proj, tiles.k, tiles.n), call.token(chunk), tile_map, up_N2F,
-        call.weights(chunk), grad_up_N2F, act_NF, partial_PN, call.hidden_size, call.expert_size, chunk.size,
-        num_m, num_n, GATHER=grad_y.is_gathered, **tiles.constants(up_N2F.dtype),
+        grad_y.tensor, grad_y.blocks(tiles.m, tiles.k), _blocks(down_proj, tiles.k, tiles.n), call.token(chunk), call.pair(chunk),
+        tile_map, up_N2F, call.weights_TE, grad_up_N2F, act_NF, partial_PN, call.hidden_size, call.expert_size,
+        chunk.size, num_m, num_n, GATHER=grad_y.is_gathered, **tiles.constants(up_N2F.dtype),
     )  # fmt: skip
     block = 256
     rows.gate_grads_kernel[(triton.cdiv(chunk.size, block),)](
-        partial_PN, call.lists[1][chunk.first :], call.end, grad_weights_TE, chunk.first, chunk.size,
+        partial_PN, call.pair(chunk), call.end, grad_weights_TE, chunk.first, chunk.size,
         NUM_PARTS=num_n, BLOCK=block,
     )  # fmt: skip
     return grad_up_N2F, act_NF
@@ -238,13 +241,20 @@ def _weight_grad(call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor
     tiles = tiles or _WEIGHT_GRAD_OF_CHUNKS
     _, num_left, num_right = out.shape
     num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
+    left_rows, left_blocks, gathers_left = _side(left, tiles.k, tiles.m)
+    right_rows, right_blocks, gathers_right = _side(right, tiles.k, tiles.n)
     matmul.weight_grad_kernel[(num_m * num_n, call.num_experts)](
-        left.tensor if isinstance(left, _Source) else left, right.tensor if isinstance(right, _Source) else right,
-        call.token(chunk), call.lists[3], out, num_left, num_right, chunk.first, chunk.size, num_m, num_n,
-        GATHER_LEFT=isinstance(left, _Source) and left.is_gathered,
-        GATHER_RIGHT=isinstance(right, _Source) and right.is_gathered,
-        **tiles.constants(out.dtype),
+        left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3], out, num_left, num_right,
+        chunk.first, chunk.size, num_m, num_n,
+        GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right, **tiles.constants(out.dtype),
     )  # fmt: skip
+
+
+def _side(side: "Tensor | _Source", rows: int, columns: int) -> tuple[Tensor, TensorDescriptor | None, bool]:
+    """What a product over rows reads: the tensor, its blocks where they are not gathered, and whether they are."""
+    if isinstance(side, Tensor):
+        return side, _blocks(side, rows, columns), False
+    return side.tensor, side.blocks(rows, columns), side.is_gathered
 
 
 def _grouped_weight_grad(
@@ -254,7 +264,7 @@ def _grouped_weight_grad(
     right_NK = right.rows if isinstance(right, _Source) else right
     is_idle_E11 = (call.lists[3].diff() == 0)[:, None, None]  # an empty group may leave its slice unwritten
     product = F.grouped_mm(left_NM.t(), right_NK, offs=_ends(call, chunk))
-    torch.where(is_idle_E11, 0, product, out=out)
+    out.copy_(product.masked_fill_(is_idle_E11, 0))
 
 
 def _ends(call: Call, chunk: Chunk) -> Tensor:
@@ -278,6 +288,6 @@ def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weigh
     block_h = min(1024, triton.next_power_of_2(call.hidden_size))
     block_s = max(1, min(8, triton.next_power_of_2(call.num_rows // max(1, num_tokens))))
     rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, block_h))](
-        rows_NH, row_N, token_offsets, call.weights(chunk), out_TH, call.hidden_size, chunk.first, chunk.size,
+        rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size, chunk.first, chunk.size,
         BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=weighted, ADD=add,
     )  # fmt: skip

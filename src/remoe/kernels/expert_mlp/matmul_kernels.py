@@ -68,7 +68,7 @@ def swiglu_fwd_kernel(
 
 @triton.jit
 def swiglu_bwd_kernel(
-    grad_ptr, grad_desc, w_desc, token_ptr, tile_ptr, up_ptr, gate_ptr, grad_up_ptr, act_ptr, partial_ptr,
+    grad_ptr, grad_desc, w_desc, token_ptr, pair_ptr, tile_ptr, up_ptr, weights_ptr, grad_up_ptr, act_ptr, partial_ptr,
     H, F, num_rows, num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GATHER: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +99,8 @@ def swiglu_bwd_kernel(
     at_up = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
     gate = tl.load(up_ptr + at_up, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0).to(tl.float32)
-    weight_M = tl.load(gate_ptr + row_M, mask=row_M < last, other=0.0).to(tl.float32)
+    pair_M = tl.load(pair_ptr + row_M, mask=row_M < last, other=0)
+    weight_M = tl.load(weights_ptr + pair_M, mask=row_M < last, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
@@ -139,7 +140,7 @@ def rows_matmul_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr, right_ptr, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows, num_m, num_n,
+    left_ptr, right_ptr, left_desc, right_desc, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows, num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,22 +160,31 @@ def weight_grad_kernel(
     n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
     k_K = tl.arange(0, BLOCK_K)
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(first, last, BLOCK_K):
-        row_K = (k + k_K).to(tl.int64)
+    whole = first + (last - first) // BLOCK_K * BLOCK_K
+    for k in range(first, whole, BLOCK_K):
+        if GATHER_LEFT:
+            token_K = tl.load(token_ptr + k + k_K)
+            left = tl.load(left_ptr + token_K[:, None] * M + m_M[None, :], mask=m_M[None, :] < M, other=0.0)
+        else:
+            left = left_desc.load([k, m * BLOCK_M])
+        if GATHER_RIGHT:
+            token_K = tl.load(token_ptr + k + k_K)
+            right = tl.load(right_ptr + token_K[:, None] * N + n_N[None, :], mask=n_N[None, :] < N, other=0.0)
+        else:
+            right = right_desc.load([k, n * BLOCK_N])
+        sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
+    if whole < last:  # the rows after these are another expert's, or were never written
+        row_K = whole + k_K
         is_row_K = row_K < last
-        left_K, right_K = row_K, row_K
-        if GATHER_LEFT or GATHER_RIGHT:
-            token_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
-            if GATHER_LEFT:
-                left_K = token_K
-            else:
-                right_K = token_K
-        left = tl.load(
-            left_ptr + left_K[:, None] * M + m_M[None, :], mask=is_row_K[:, None] & (m_M[None, :] < M), other=0.0
-        )
-        right = tl.load(
-            right_ptr + right_K[:, None] * N + n_N[None, :], mask=is_row_K[:, None] & (n_N[None, :] < N), other=0.0
-        )
+        left_K, right_K = row_K.to(tl.int64), row_K.to(tl.int64)
+        if GATHER_LEFT:
+            left_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
+        if GATHER_RIGHT:
+            right_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
+        is_left = is_row_K[:, None] & (m_M[None, :] < M)
+        is_right = is_row_K[:, None] & (n_N[None, :] < N)
+        left = tl.load(left_ptr + left_K[:, None] * M + m_M[None, :], mask=is_left, other=0.0)
+        right = tl.load(right_ptr + right_K[:, None] * N + n_N[None, :], mask=is_right, other=0.0)
         sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
     inside = (m_M[:, None] < M) & (n_N[None, :] < N)
     out = out_ptr + expert.to(tl.int64) * M * N + m_M[:, None].to(tl.int64) * N + n_N[None, :]

@@ -1,4 +1,4 @@
-"""Triton kernels that move rows: the tile map, gates and tokens to rows, rows back to tokens, gate gradients.
+"""Triton kernels that move rows: the tile map, tokens to rows, rows back to tokens, gate gradients.
 
 All read the number of rows on the device; rows are counted from `first_row`, the first of the chunk at hand.
 """
@@ -38,15 +38,6 @@ def tile_map_kernel(
 
 
 @triton.jit
-def gates_kernel(weights_ptr, pair_ptr, end_ptr, out_ptr, BLOCK: tl.constexpr):
-    """out[n] = weights[pair[n]]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_row = row < tl.load(end_ptr)
-    pair = tl.load(pair_ptr + row, mask=is_row, other=0)
-    tl.store(out_ptr + row, tl.load(weights_ptr + pair, mask=is_row, other=0.0), mask=is_row)
-
-
-@triton.jit
 def gather_kernel(
     x_ptr, token_ptr, end_ptr, out_ptr, H, first_row, num_rows, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -63,7 +54,7 @@ def gather_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, row_ptr, offsets_ptr, weights_ptr, out_ptr, H, first_row, num_rows,
+    rows_ptr, row_ptr, offsets_ptr, weights_ptr, pair_ptr, out_ptr, H, first_row, num_rows,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """out[t] = (out[t] +) the sum of the token's rows in the chunk, weighted or not, in fp32 and in their order."""
@@ -78,7 +69,8 @@ def combine_kernel(
         inside = is_row[:, None] & (h[None, :] < H)
         part = tl.load(rows_ptr + row[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
-            part *= tl.load(weights_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+            pair = tl.load(pair_ptr + row, mask=is_row, other=0)
+            part *= tl.load(weights_ptr + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
         sum_H += tl.sum(part, axis=0)
     out = out_ptr + token * H + h
     if ADD:
