@@ -1,5 +1,6 @@
 """One step of several processes beside the same step of one, from states along a run; and whole runs of both."""
 
+import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from remoe.config import from_dict
 from remoe.data import Batch
+from remoe.distributed import launch
 from remoe.distributed.config import resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.world import world_size
@@ -20,6 +22,7 @@ from remoe.training import TrainConfig
 from remoe.training.step import Stepper
 
 ROWS, LENGTH, VOCABULARY = 8, 16, 32
+DEVICE = launch.local_device(torch.device(os.environ.get("DEVICE", "cpu")))
 ROUTERS = ("relu", "topk", "recurrent_relu")
 STAGES = {"dense": 2, "sparser": 26, "sparse": 60}
 """Steps after which a state is taken: before the L1 term acts, while it thins the experts out, at the target."""
@@ -47,7 +50,7 @@ def config(router: str, **changes: Any) -> TrainConfig:
     sections = {
         "optimizer": {"lr": 5e-3, "warmup_steps": 2, "clip": 0.0},
         "sparsity": {"multiplier": 1.7, "init": 1e-6},
-        "train": {"steps": 80, "batch_size": ROWS, "device": "cpu"} | changes.pop("train", {}),
+        "train": {"steps": 80, "batch_size": ROWS, "device": str(DEVICE)} | changes.pop("train", {}),
     }
     return from_dict(TrainConfig, {"model": model, **sections, **changes})
 
@@ -66,13 +69,13 @@ def batch(step: int) -> Batch:
 
 def alone(built: TrainConfig) -> Stepper:
     """The stepper of one process."""
-    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cpu"))
+    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), DEVICE)
 
 
 def together(built: TrainConfig) -> Stepper:
     """This rank's part of the stepper of all processes."""
-    ranks = DataRanks(resolve_parallel(built.parallel, world_size()), torch.device("cpu"))
-    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cpu"), ranks)
+    ranks = DataRanks(resolve_parallel(built.parallel, world_size()), DEVICE)
+    return Stepper(built, ReMoEForCausalLM(built.model, seed=1), DEVICE, ranks)
 
 
 def take_step(stepper: Stepper, step: int) -> dict[str, Tensor]:
@@ -196,13 +199,14 @@ def runs() -> dict[str, Any]:
 
 def coefficients() -> dict[str, Any]:
     """The coefficient after 1,000 steps with random counts, of all ranks together and of their sums in one place."""
-    ours = DataRanks(resolve_parallel(config("relu").parallel, world_size()), torch.device("cpu"))
-    together, expected = SparsityController(1, 4), SparsityController(1, 4)
+    ours = DataRanks(resolve_parallel(config("relu").parallel, world_size()), DEVICE)
+    together, expected = SparsityController(1, 4).to(DEVICE), SparsityController(1, 4)
     draw = torch.Generator().manual_seed(0)
     for _ in range(1000):
         active_R = torch.randint(0, 2**40, (ours.size,), generator=draw)
         total_R = 4 * active_R + torch.randint(-2, 3, (ours.size,), generator=draw)  # a hair from the target
-        counts = ours.total({"active": active_R[ours.index], "total": total_R[ours.index]})
+        own = {"active": active_R[ours.index].to(DEVICE), "total": total_R[ours.index].to(DEVICE)}
+        counts = ours.total(own)
         together.update(**counts)
         expected.update(active_R.sum(), total_R.sum())
     return {"found": together.log_coef.item(), "expected": expected.log_coef.item()}

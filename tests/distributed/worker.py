@@ -4,6 +4,7 @@ A case returns plain values on every rank; OUTPUT holds a list of them, rank by 
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def main() -> None:
     """Run the cases in turn."""
     output, names = Path(sys.argv[1]), sys.argv[2:]
     torch.manual_seed(0)
-    with launch.process_group(torch.device("cpu"), timeout_seconds=30):
+    device = launch.local_device(torch.device(os.environ.get("DEVICE", "cpu")))
+    with launch.process_group(device, timeout_seconds=30):
         results = {}
         for name in names:
             results[name] = everyone = [CASES[name]()]

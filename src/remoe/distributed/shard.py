@@ -6,6 +6,7 @@ small (embedding, norms, routers, the shared cell, the head) is in the root, in 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ def shard_model(
     A gradient is then the sum over ranks, not the mean: each rank's loss is its share of the batch's.
     """
     units = Units(parallel, param_dtype)
+    inner: list[FSDPModule] = []
     for layer in model.model.layers:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
-        units.add(layer.self_attn, meshes.data)
-        units.add(*_mlp(layer.mlp, meshes))
+        inner += [units.add(layer.self_attn, meshes.data), units.add(*_mlp(layer.mlp, meshes))]
+    for unit, following in pairwise(inner):  # else a layer that waits for its rows would hold up the next gather
+        unit.set_modules_to_forward_prefetch([following])
     units.param_dtype = None
     units.add(model, meshes.data)
     model.register_forward_hook(_forget_gathered)
@@ -46,7 +49,7 @@ class Units:
         self.parallel = parallel
         self.param_dtype = param_dtype
 
-    def add(self, module: nn.Module, mesh: DeviceMesh) -> None:
+    def add(self, module: nn.Module, mesh: DeviceMesh) -> FSDPModule:
         """Make `module`, less what is in units already, a unit over `mesh`."""
         policy = MixedPrecisionPolicy(
             param_dtype=self.param_dtype, reduce_dtype=REDUCE[self.parallel.reduce], cast_forward_inputs=False
@@ -57,6 +60,7 @@ class Units:
         )
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other, and by 1 nothing is divided twice
+        return unit
 
 
 def _mlp(mlp: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:

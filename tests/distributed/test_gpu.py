@@ -1,0 +1,26 @@
+"""The numbers of test_same_numbers.py between GPUs, through NCCL."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.conftest import WORKER, torchrun
+from tests.distributed.test_same_numbers import check
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(("num_gpus", "num_cases"), [(2, 2 * 4 + 2 + 3 * 2), (4, 2 * 5 + 3)])
+def test_loss_and_every_gradient_of_several_gpus_are_those_of_one(tmp_path: Path, num_gpus: int, num_cases: int):
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    output = tmp_path / "results.json"
+    visible = ",".join(map(str, range(num_gpus)))
+    environment = {"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": visible}
+    finished = torchrun(num_gpus, str(WORKER), str(output), "steps", "coefficients", timeout=300, **environment)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results = json.loads(output.read_text())
+    check(results["steps"], num_cases)
+    assert len({found["found"] for found in results["coefficients"]}) == 1
