@@ -171,9 +171,9 @@ def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(backend):
         return with_gradients(lambda _, t: expert_mlp(*t, *lists, row_cap, backend)[0], None, rounded)
 
     whole = run(None, 0)
-    assert all(torch.equal(a, b) for a, b in zip(whole, run(routing_map.numel(), 0), strict=True))
-    for a, b in zip(whole, run(routing_map.numel(), 256), strict=True):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))  # one more bf16 rounding
+    for other in (run(routing_map.numel(), 0), run(routing_map.numel(), 256)):
+        for a, b in zip(whole, other, strict=True):  # other tiles, other order of sums; chunks round once more
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
 
 
 @pytest.mark.gpu

@@ -196,38 +196,33 @@ def _swiglu_backward(
     call: Call, chunk: Chunk, grad_y: _Source, down_proj: Tensor, up_N2F: Tensor, grad_weights_TE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the pre-activations and gate * act; writes the chunk's gate gradients."""
-    tiles = call.choices.swiglu_bwd
-    act_NF, grad_up_N2F = up_N2F.new_empty((chunk.size, call.expert_size)), torch.empty_like(up_N2F)
-    tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
-    num_m = tile_map.shape[1]
-    partial_PN = torch.empty((num_n, chunk.size), dtype=torch.float32, device=up_N2F.device)
-    matmul.swiglu_bwd_kernel[(num_m * num_n,)](
-        grad_y.tensor, grad_y.blocks(tiles.m, tiles.k), _blocks(down_proj, tiles.k, tiles.n), call.token(chunk), call.pair(chunk),
-        tile_map, up_N2F, call.weights_TE, grad_up_N2F, act_NF, partial_PN, call.hidden_size, call.expert_size,
-        chunk.size, num_m, num_n, GATHER=grad_y.is_gathered, **tiles.constants(up_N2F.dtype),
-    )  # fmt: skip
-    block = 256
-    rows.gate_grads_kernel[(triton.cdiv(chunk.size, block),)](
-        partial_PN, call.pair(chunk), call.end, grad_weights_TE, chunk.first, chunk.size,
-        NUM_PARTS=num_n, BLOCK=block,
+    act_NF = _rows_matmul(call, chunk, grad_y, down_proj, call.choices.grad_act, transposed=False)
+    grad_up_N2F = torch.empty_like(up_N2F)
+    block_f = min(1024, triton.next_power_of_2(call.expert_size))
+    block_r = max(1, 2048 // block_f)
+    rows.swiglu_bwd_kernel[(triton.cdiv(chunk.size, block_r),)](
+        act_NF, up_N2F, grad_up_N2F, call.weights_TE, call.pair(chunk), grad_weights_TE, call.end, call.expert_size,
+        chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f,
     )  # fmt: skip
     return grad_up_N2F, act_NF
 
 
 def _rows_matmul(
-    call: Call, chunk: Chunk, x_NK: Tensor, weight: Tensor, tiles: Tiles | None, *, transposed: bool
+    call: Call, chunk: Chunk, x: Tensor | _Source, weight: Tensor, tiles: Tiles | None, *, transposed: bool
 ) -> Tensor:
-    """Rows through their expert's matrix, to [N, H]: stored [H, K] where `transposed`, else [K, H]."""
+    """Rows through their expert's matrix: stored [N, K] where `transposed`, else [K, N]."""
     if tiles is None:
-        return F.grouped_mm(x_NK, weight.transpose(1, 2) if transposed else weight, offs=_ends(call, chunk))
-    num_in, num_out = x_NK.shape[1], call.hidden_size
-    out = x_NK.new_empty((chunk.size, num_out))
+        rows_NK = x.rows if isinstance(x, _Source) else x
+        return F.grouped_mm(rows_NK, weight.transpose(1, 2) if transposed else weight, offs=_ends(call, chunk))
+    num_out, num_in = weight.shape[1:] if transposed else weight.shape[:0:-1]
+    x_rows, x_blocks, gathers = _side(x, tiles.m, tiles.k)
+    out = x_rows.new_empty((chunk.size, num_out))
     tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(num_out, tiles.n)
     num_m = tile_map.shape[1]
     weight_block = (tiles.n, tiles.k) if transposed else (tiles.k, tiles.n)
     matmul.rows_matmul_kernel[(num_m * num_n,)](
-        _blocks(x_NK, tiles.m, tiles.k), _blocks(weight, *weight_block), tile_map, out, num_in, num_out, num_m, num_n,
-        TRANSPOSED=transposed, **tiles.constants(x_NK.dtype),
+        x_rows, x_blocks, _blocks(weight, *weight_block), call.token(chunk), tile_map, out, num_in, num_out,
+        num_m, num_n, GATHER=gathers, TRANSPOSED=transposed, **tiles.constants(out.dtype),
     )  # fmt: skip
     return out
 

@@ -67,16 +67,12 @@ def swiglu_fwd_kernel(
 
 
 @triton.jit
-def swiglu_bwd_kernel(
-    grad_ptr, grad_desc, w_desc, token_ptr, pair_ptr, tile_ptr, up_ptr, weights_ptr, grad_up_ptr, act_ptr, partial_ptr,
-    H, F, num_rows, num_m, num_n,
+def rows_matmul_kernel(
+    x_ptr, x_desc, w_desc, token_ptr, tile_ptr, out_ptr, K, N, num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From dout: the gradient of the pre-activations [N, 2F], gate * act [N, F], and each tile's part of the gate's.
-
-    dA = dout W2; the gate's gradient is <dA, act>, with act computed again: the experts' output is never kept.
-    """
+    """out [rows, N] = x [rows, K] times the expert's matrix: stored [N, K] where TRANSPOSED, else [K, N]."""
     m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
     expert, first, last = _rows_of(tile_ptr, m, num_m)
     if expert < 0:
@@ -85,54 +81,17 @@ def swiglu_bwd_kernel(
     k_K = tl.arange(0, BLOCK_K)
     if GATHER:
         token_M = tl.load(token_ptr + row_M, mask=row_M < last, other=0)
-        grad_MK = grad_ptr + token_M[:, None] * H + k_K[None, :]
-    grad_act_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, H, BLOCK_K):
-        if GATHER:
-            grad = tl.load(grad_MK + k, mask=k_K[None, :] < H - k, other=0.0)
-        else:
-            grad = grad_desc.load([first, k])
-        grad_act_MN = tl.dot(grad, w_desc.load([expert * H + k, n * BLOCK_N]), grad_act_MN, input_precision=PRECISION)
-    f_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (row_M[:, None] < last) & (f_N[None, :] < F)
-    dtype = act_ptr.dtype.element_ty
-    at_up = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
-    gate = tl.load(up_ptr + at_up, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0).to(tl.float32)
-    pair_M = tl.load(pair_ptr + row_M, mask=row_M < last, other=0)
-    weight_M = tl.load(weights_ptr + pair_M, mask=row_M < last, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    act = silu * up
-    partial_M = tl.sum(tl.where(inside, grad_act_MN * act, 0.0), axis=1)
-    tl.store(partial_ptr + n.to(tl.int64) * num_rows + row_M, partial_M, mask=row_M < last)
-    grad_act_MN *= weight_M[:, None]
-    at = row_M[:, None].to(tl.int64) * F + f_N[None, :]
-    tl.store(act_ptr + at, (act * weight_M[:, None]).to(dtype), mask=inside)
-    grad_gate = grad_act_MN * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(grad_up_ptr + at_up, grad_gate.to(dtype), mask=inside)
-    tl.store(grad_up_ptr + at_up + F, (grad_act_MN * silu).to(dtype), mask=inside)
-
-
-@triton.jit
-def rows_matmul_kernel(
-    x_desc, w_desc, tile_ptr, out_ptr, K, N, num_m, num_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out [rows, N] = x [rows, K] times the expert's matrix: stored [N, K] where TRANSPOSED, else [K, N]."""
-    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
-    expert, first, last = _rows_of(tile_ptr, m, num_m)
-    if expert < 0:
-        return
+        x_MK = x_ptr + token_M[:, None] * K + k_K[None, :]
     out_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        x = x_desc.load([first, k])
+        if GATHER:
+            x = tl.load(x_MK + k, mask=k_K[None, :] < K - k, other=0.0)
+        else:
+            x = x_desc.load([first, k])
         if TRANSPOSED:
             out_MN = tl.dot(x, w_desc.load([expert * N + n * BLOCK_N, k]).T, out_MN, input_precision=PRECISION)
         else:
             out_MN = tl.dot(x, w_desc.load([expert * K + k, n * BLOCK_N]), out_MN, input_precision=PRECISION)
-    row_M = first + tl.arange(0, BLOCK_M)
     n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row_M[:, None].to(tl.int64) * N + n_N[None, :]
     tl.store(out_ptr + at, out_MN.to(out_ptr.dtype.element_ty), mask=(row_M[:, None] < last) & (n_N[None, :] < N))

@@ -1,4 +1,4 @@
-"""Triton kernels that move rows: the tile map, tokens to rows, rows back to tokens, gate gradients.
+"""Triton kernels that move rows: the tile map, tokens to rows, rows back to tokens, SwiGLU's gradient.
 
 All read the number of rows on the device; rows are counted from `first_row`, the first of the chunk at hand.
 """
@@ -79,14 +79,36 @@ def combine_kernel(
 
 
 @triton.jit
-def gate_grads_kernel(
-    partial_ptr, pair_ptr, end_ptr, grad_ptr, first_row, num_rows, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """grad[pair[n]] = the sum of the parts of row n."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_row = row < tl.minimum(tl.load(end_ptr) - first_row, num_rows)
-    pair = tl.load(pair_ptr + row, mask=is_row, other=0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(NUM_PARTS):
-        total += tl.load(partial_ptr + part * num_rows + row, mask=is_row, other=0.0)
-    tl.store(grad_ptr + pair, total.to(grad_ptr.dtype.element_ty), mask=is_row)
+def swiglu_bwd_kernel(
+    act_ptr, up_ptr, grad_up_ptr, weights_ptr, pair_ptr, grad_weights_ptr, end_ptr, F, first_row, num_rows,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """From dA [N, F], before the gate: the gradient of the pre-activations [N, 2F], the gates', and gate * act.
+
+    The gate's gradient is <dA, act> with act computed again, so that the experts' output is never kept. gate * act
+    takes the place of dA.
+    """
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_row = row_R < tl.minimum(tl.load(end_ptr) - first_row, num_rows)
+    pair_R = tl.load(pair_ptr + row_R, mask=is_row, other=0)
+    weight_R1 = tl.load(weights_ptr + pair_R, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    grad_weight_R = tl.zeros([BLOCK_R], tl.float32)
+    dtype = act_ptr.dtype.element_ty
+    for f in range(0, F, BLOCK_F):
+        f_F = f + tl.arange(0, BLOCK_F)
+        inside = is_row[:, None] & (f_F[None, :] < F)
+        at = row_R[:, None].to(tl.int64) * F + f_F[None, :]
+        at_up = row_R[:, None].to(tl.int64) * (2 * F) + f_F[None, :]
+        grad_act = tl.load(act_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(up_ptr + at_up, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        act = silu * up
+        grad_weight_R += tl.sum(grad_act * act, axis=1)
+        grad_act *= weight_R1
+        tl.store(act_ptr + at, (act * weight_R1).to(dtype), mask=inside)
+        grad_gate = grad_act * up * (sigmoid + silu * (1 - sigmoid))
+        tl.store(grad_up_ptr + at_up, grad_gate.to(dtype), mask=inside)
+        tl.store(grad_up_ptr + at_up + F, (grad_act * silu).to(dtype), mask=inside)
+    tl.store(grad_weights_ptr + pair_R, grad_weight_R.to(grad_weights_ptr.dtype.element_ty), mask=is_row)

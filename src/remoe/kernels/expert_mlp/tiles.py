@@ -69,7 +69,7 @@ class Choices:
 
     swiglu: Tiles
     down: Tiles | None
-    swiglu_bwd: Tiles
+    grad_act: Tiles | None
     grad_down: Tiles | None
     grad_up: Tiles | None
     grad_x: Tiles | None
@@ -80,7 +80,7 @@ class Choices:
 _WIDE = {
     "swiglu": "128x128x64 w8 s3 g8",
     "down": "128x256x64 w8 s3 g8",
-    "swiglu_bwd": "128x128x64 w8 s3 g8",
+    "grad_act": "128x256x64 w8 s3 g8",
     "grad_down": "128x256x64 w8 s3 g8",
     "grad_up": "128x256x64 w8 s3 g8",
     "grad_x": "128x256x64 w8 s3 g8",
@@ -89,13 +89,13 @@ _WIDE = {
 _NARROW = {
     "swiglu": "128x64x64 w4 s3 g8",
     "down": "128x128x64 w4 s3 g8",
-    "swiglu_bwd": "128x64x64 w4 s3 g8",
+    "grad_act": "128x128x64 w8 s3 g8",
     "grad_down": "128x128x64 w8 s3 g8",
     "grad_up": "128x128x64 w8 s3 g8",
     "grad_x": "128x128x64 w4 s3 g8",
     "rows": GATHERED,
 }
-_PRODUCTS = ("swiglu", "down", "swiglu_bwd", "grad_down", "grad_up", "grad_x")
+_PRODUCTS = ("swiglu", "down", "grad_act", "grad_down", "grad_up", "grad_x")
 _FP32 = dict.fromkeys(_PRODUCTS, "64x64x32 w4 s2 g8") | {"rows": GATHERED}
 _FEW_ROWS = dict.fromkeys(_PRODUCTS, "16x64x64 w4 s4 g8") | {"rows": GATHERED}
 _FEW = 16

@@ -12,18 +12,17 @@ from remoe.kernels.expert_mlp import tiles
 from remoe.kernels.expert_mlp.tiles import COPIED, GATHERED, GROUPED_MM, TABLE, Sizes
 
 _FUSED = (
-    "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8", "128x64x64 w8 s4 g8", "128x64x64 w4 s4 g8", "64x128x64 w4 s4 g8",
-    "64x64x64 w4 s4 g8",
+    "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8", "128x128x64 w8 s4 g16", "128x64x64 w4 s3 g8", "128x64x64 w8 s4 g8",
 )  # fmt: skip
 _PLAIN = (
-    "128x256x64 w8 s3 g8", "128x256x64 w8 s4 g8", "256x128x64 w8 s3 g8", "128x128x64 w8 s4 g8", "128x128x64 w4 s4 g8",
-    "64x256x64 w4 s4 g8", "64x128x64 w4 s4 g8",
+    "128x256x64 w8 s3 g8", "128x256x64 w8 s4 g8", "256x128x64 w8 s3 g8", "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8",
+    "128x128x64 w4 s3 g8", "128x256x64 w8 s3 g16",
 )  # fmt: skip
 _CANDIDATES = {
     "rows": (GATHERED, COPIED),
     "swiglu": _FUSED,
     "down": (GROUPED_MM, *_PLAIN),
-    "swiglu_bwd": _FUSED,
+    "grad_act": (GROUPED_MM, *_PLAIN),
     "grad_down": (GROUPED_MM, *_PLAIN),
     "grad_up": (GROUPED_MM, *_PLAIN),
     "grad_x": (GROUPED_MM, *_PLAIN),
