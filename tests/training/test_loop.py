@@ -14,6 +14,7 @@ import torch
 from remoe.config import from_dict, to_dict
 from remoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from remoe.training import Run, TrainConfig, checkpoint, load, train, trainer
+from remoe.training.micro_batch import MicroBatchLoss
 from remoe.training.signals import RunStoppedError
 from remoe.training.step import Stepper
 
@@ -179,16 +180,17 @@ def train_until(config: TrainConfig, root, step: int) -> None:
 
 
 class StopAfter:
-    """Sends this process a SIGTERM during a given step."""
+    """Sends this process one SIGTERM during a given step."""
 
     def __init__(self, step: int) -> None:
-        self.step = step
+        self.step: int | None = step
 
     def __enter__(self) -> None:
         self.original = Stepper.run
 
         def run_and_signal(stepper: Stepper, batch, step: int):
             if step == self.step:
+                self.step = None
                 os.kill(os.getpid(), signal.SIGTERM)
             return self.original(stepper, batch, step)
 
@@ -304,13 +306,13 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(config, tmp_pa
 
 
 def test_too_many_bad_steps_in_a_row_abort_with_advice(config, tmp_path, monkeypatch):
-    original = Stepper._losses
+    original = MicroBatchLoss.__call__
 
-    def poisoned(stepper, *arguments):
-        values, *rest = original(stepper, *arguments)
-        return values | {"loss": values["loss"] * float("nan")}, *rest
+    def poisoned(loss, *arguments):
+        measured = original(loss, *arguments)
+        return measured._replace(values=measured.values | {"loss": measured.values["loss"] * float("nan")})
 
-    monkeypatch.setattr(Stepper, "_losses", poisoned)
+    monkeypatch.setattr(MicroBatchLoss, "__call__", poisoned)
     with pytest.raises(
         TrainingError, match=r"step 3 is number 3 in a row .*train.max_bad_steps = 3.*lower optimizer.lr"
     ):

@@ -7,7 +7,8 @@ from torch import Tensor
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
 from remoe.moe.routers.relu import ReLURouter
-from remoe.training.step import Stepper, split
+from remoe.training.micro_batch import split
+from remoe.training.step import Stepper
 
 
 def stepper_of(config, **sections) -> Stepper:

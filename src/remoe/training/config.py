@@ -102,6 +102,9 @@ class LoopConfig:
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
     compile: bool = setting(False, "torch.compile the model")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory")
+    rows: str = setting(
+        "auto", "rows of a layer: exact (waits for their number), capacity (by earlier steps); auto: capacity on a GPU"
+    )
     log_interval: int = setting(1, "steps between lines of metrics.jsonl")
     validation_interval: int = setting(100, "steps between validations (also after the last step)")
     validation_batches: int = setting(20, "batches of one validation")
@@ -118,6 +121,7 @@ class LoopConfig:
             check_range(f"train.{key}", getattr(self, key), 1)
         check_range("train.flip_interval", self.flip_interval, 0)
         check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        check_choice("train.rows", self.rows, ("auto", "exact", "capacity"))
         for sink in self.sinks:
             check_choice("train.sinks", sink, ("tensorboard", "wandb", "trackio"))
         if self.micro_batch_size is not None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.moe.stats import flip_rate
-from remoe.training.step import autocast
+from remoe.training.micro_batch import autocast
 from remoe.training.validation import evaluating, token_mask
 
 CALIBRATION_SEQUENCES = 4

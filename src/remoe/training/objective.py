@@ -16,12 +16,12 @@ from remoe.training.config import LossConfig, SparsityConfig
 from remoe.training.counts import RoutingCounts
 
 
-def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: int) -> Tensor:
+def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: Tensor | int) -> Tensor:
     """Summed cross-entropy over `num_labels`, the labels of the whole step: micro-batches add up to the step's mean."""
     losses_sum = F.cross_entropy(
         logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=NO_LABEL, reduction="sum"
     )
-    return losses_sum / max(1, num_labels)
+    return losses_sum / num_labels
 
 
 def experts_per_token(routing: Routing, loads_E: Tensor | None = None) -> Tensor:

@@ -23,6 +23,11 @@ class Readout:
         else:
             self._host = flat
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._arrived is None or self._arrived.query()
+
     def read(self) -> dict[str, Any]:
         """The values as floats; a vector or matrix as a flat list."""
         if self._arrived is not None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from remoe.errors import TrainingError
 from remoe.training.config import TrainConfig
@@ -61,8 +60,8 @@ class Recorder:
         yield
         self._paused_seconds += time.perf_counter() - start
 
-    def log(self, step: int, values: Mapping[str, Tensor], lr: float, measured: Metrics) -> None:
-        """Take a step's values; `measured` holds what is known on the host already, such as validation losses."""
+    def log(self, step: int, readout: Readout, lr: float, measured: Metrics) -> None:
+        """Take a step's readout; `measured` holds what is known on the host already, such as validation losses."""
         self.flush()
         seconds = max(time.perf_counter() - self._since - self._paused_seconds, 1e-9)
         tokens = self.config.train.batch_size * self.config.data.sequence_length
@@ -73,9 +72,9 @@ class Recorder:
             "tokens_per_second": self._steps * tokens / seconds,
             "step_seconds": seconds / self._steps,
         }
-        self._pending = Pending(Readout(values), known, measured)
+        self._pending = Pending(readout, known, measured)
         self._since, self._paused_seconds, self._steps = time.perf_counter(), 0.0, 0
-        if next(iter(values.values())).device.type == "cpu":
+        if readout.has_arrived:
             self.flush()
 
     def flush(self) -> None:

@@ -1,10 +1,11 @@
 """One optimizer step: micro-batches forward and backward, one update, one move of the sparsity coefficient.
 
 Nothing here waits for the device. A step whose loss or gradient is not finite is cancelled by a flag on the device:
-weights, optimizer, coefficient and the routers' own running state stay as they were.
+weights, optimizer, coefficient and the routers' own running state stay as they were. So is a step in which a layer had
+more rows than its capacity, with all steps after it, until the caller has them run again (see `ahead`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +18,14 @@ from remoe.distributed.config import own_micro_batch
 from remoe.distributed.ranks import Ranks
 from remoe.moe import MoE, SparsityController
 from remoe.training import router_hooks
+from remoe.training.capacity import row_capacities
 from remoe.training.config import TrainConfig
-from remoe.training.counts import RoutingCounts, count
-from remoe.training.objective import Objective, lm_loss
+from remoe.training.counts import RoutingCounts
+from remoe.training.micro_batch import Measured, MicroBatchLoss, Values, Weighing, split, to_device
+from remoe.training.objective import Objective
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
 from remoe.training.router_hooks import Observed
 from remoe.training.schedule import has_decayed, learning_rate
-
-Values = dict[str, Tensor]
 
 
 @dataclass
@@ -35,11 +36,14 @@ class Stepper:
     model: nn.Module
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
-    forward: nn.Module = field(init=False)
     optimizer: torch.optim.AdamW = field(init=False)
     controller: SparsityController | None = field(init=False, default=None)
+    row_capacities: Sequence[int] | None = field(init=False, default=None)
+    """Rows of each MoE layer for one micro-batch in the next steps; None: exact, as many as are needed."""
+    overflowed: Tensor = field(init=False)
+    """Bool: a step had more rows than its capacities allow. It and all later ones are cancelled until this is reset."""
     skipped: Tensor = field(init=False)
-    """Cancelled steps so far, int64."""
+    """Steps so far that were cancelled because loss or gradient were not finite, int64."""
     skipped_in_a_row: Tensor = field(init=False)
     loads_LE: Tensor | None = field(init=False, default=None)
     """Loads of the last step that was not cancelled, for sparsity.loads = previous_step."""
@@ -49,15 +53,17 @@ class Stepper:
         loop = self.config.train
         self.micro_batch = own_micro_batch(self.ranks.size, loop.batch_size, loop.micro_batch_size)
         self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
-        self.routers: list[Any] = [module.router for module in self.model.modules() if isinstance(module, MoE)]
+        self.layers = [module for module in self.model.modules() if isinstance(module, MoE)]
+        self.routers: list[Any] = [layer.router for layer in self.layers]
         moe = self.config.model.moe
         penalty = self.routers[0].penalty if self.routers else "none"
         self.objective = Objective(
             losses=self.config.losses, sparsity=self.config.sparsity, penalty=penalty, top_k=moe.routed_top_k
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
-        self.forward = torch.compile(self.model) if self.config.train.compile else self.model  # pyright: ignore
+        self.loss = self._build_loss()
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self.has_loads = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -74,68 +80,65 @@ class Stepper:
         self.ranks.seed_step(self.config.seed, step)
         coef = self.controller.coef if self.controller else None
         self.optimizer.zero_grad(set_to_none=True)
-        measured, counts, observed = self._forward_backward(batch, coef)
-        measured, observed = self.ranks.total(measured), self.ranks.total(observed)
+        with row_capacities(self.layers, self.row_capacities):
+            measured = self._forward_backward(batch, coef)
+        values, observed = self.ranks.total(measured.values), self.ranks.total(measured.observed)
         grad_norm = self.ranks.clip_gradients(self.model, self.config.optimizer.clip)
-        skipped = ~(grad_norm.isfinite() & measured["loss"].isfinite())
-        optimizer_step(self.optimizer, learning_rate(self.config.optimizer, step, self.config.train.steps), skipped)
-        self._after_step(counts, observed, skipped, step)
+        is_bad = ~(grad_norm.isfinite() & values["loss"].isfinite())
+        cancelled = self._cancelled(is_bad, measured.overflow)
+        optimizer_step(self.optimizer, learning_rate(self.config.optimizer, step, self.config.train.steps), cancelled)
+        self._count_skipped(is_bad)
+        self._after_step(measured.counts, observed, cancelled, step)
         if coef is not None:
-            measured["sparsity_coef"] = coef
+            values["sparsity_coef"] = coef
         if self.routers:
-            measured["load_balancing_coef"] = self.load_balancing_coef
-        measured |= {"grad_norm": grad_norm, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return measured | (routing_values(counts) if counts else {})
+            values["load_balancing_coef"] = self.load_balancing_coef
+        values |= {"grad_norm": grad_norm, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return values | self._rows_values(measured) | (routing_values(measured.counts) if measured.counts else {})
 
-    def _forward_backward(self, batch: Batch, coef: Tensor | None) -> tuple[Values, RoutingCounts | None, Observed]:
+    def _forward_backward(self, batch: Batch, coef: Tensor | None) -> Measured:
         if not self.model.training:
             self.model.train()
-        num_labels = self.ranks.total_number(int((batch.labels_BS != NO_LABEL).sum()))
-        parts = list(split(batch, self.micro_batch))
-        share = 1 / (len(parts) * self.ranks.size)
-        measured: Values = {}
-        counts: RoutingCounts | None = None
-        observed: Observed = {}
-        for part in parts:
-            values, routings, part_counts = self._losses(to_device(part, self.device), coef, num_labels, share)
-            values["loss"].backward()
-            counts = counts.plus(part_counts) if counts and part_counts else part_counts
-            observed = router_hooks.added(observed, router_hooks.observe(self.routers, routings, share))
-            for name, value in values.items():
-                measured[name] = measured[name] + value.detach() if name in measured else value.detach()
-        return measured, counts, observed
+        num_labels = max(1, self.ranks.total_number(int((batch.labels_BS != NO_LABEL).sum())))
+        labels = torch.full((), num_labels, dtype=torch.float32, device=self.device)
+        weighing = Weighing(labels, coef, self.loads_LE, self.has_loads)
+        whole: Measured | None = None
+        for part in split(batch, self.micro_batch):
+            measured = self.loss(to_device(part, self.device), weighing)
+            measured.values["loss"].backward()
+            whole = measured.detached() if whole is None else whole.plus(measured)
+        assert whole is not None, "a batch has rows"
+        return whole
 
-    def _losses(
-        self, batch: Batch, coef: Tensor | None, num_labels: int, share: float
-    ) -> tuple[Values, list, RoutingCounts | None]:
-        """Loss of one micro-batch, with auxiliary terms for `share` of the step's; its routings; all ranks' counts."""
-        with autocast(self.config.train.precision, self.device):
-            output = self.forward(batch.tokens_BS, document_BS=attention_documents(batch, self.config))
-        routings = [routing for routing in output.routings if routing is not None]
-        own_counts = count(routings)
-        counts = own_counts and RoutingCounts(**self.ranks.total(own_counts._asdict()))
-        lm = lm_loss(output.logits, batch.labels_BS, num_labels)
-        terms = self.objective.terms(routings, self._loads(counts), self._ranks_loads(counts))
-        loss = lm + share * self.objective.penalties(terms, self.objective.spare_starving(counts, coef))
-        values = {"loss": loss, "lm_loss": lm} | {name: share * term_L for name, term_L in terms.items()}
-        return values, routings, counts
+    def _build_loss(self) -> Callable[[Batch, Weighing], Measured]:
+        share = self.micro_batch / self.config.train.batch_size
+        loss = MicroBatchLoss(
+            self.config, self.model, self.device, self.objective, self.routers, self.ranks, share
+        )  # fmt: skip
+        return torch.compile(loss, fullgraph=True) if self.config.train.compile else loss
 
-    def _loads(self, counts: RoutingCounts | None) -> Tensor | None:
-        """The previous step's loads, or in the very first step the micro-batch's."""
-        if self.loads_LE is None:
-            return self._ranks_loads(counts)
-        assert counts is not None, "loads are kept only for models with MoE layers"
-        return torch.where(self.has_loads, self.loads_LE, counts.loads_LE)
+    def _cancelled(self, is_bad: Tensor, overflow: Tensor | None) -> Tensor:
+        """Whether the step must leave no trace: not finite, or void for want of rows, its own or an earlier step's."""
+        if overflow is None:
+            return is_bad | self.overflowed
+        self.overflowed |= self.ranks.total({"overflow": overflow.to(torch.int64)})["overflow"] > 0
+        return is_bad | self.overflowed
 
-    def _ranks_loads(self, counts: RoutingCounts | None) -> Tensor | None:
-        """The loads of all ranks' micro-batches together, where a routing's own are not the same."""
-        is_shared = self.ranks.size > 1 and self.config.sparsity.mode == "paper"
-        return counts.loads_LE if counts and is_shared and self.config.sparsity.loads != "micro_batch" else None
+    def _count_skipped(self, is_bad: Tensor) -> None:
+        """A step that is void is run again, and counts then."""
+        self.skipped += is_bad & ~self.overflowed
+        self.skipped_in_a_row = torch.where(
+            self.overflowed, self.skipped_in_a_row, (self.skipped_in_a_row + 1) * is_bad
+        )
+
+    def _rows_values(self, measured: Measured) -> Values:
+        """What the choice of row capacities needs to know of a step."""
+        if measured.active_L is None:
+            return {}
+        return {"overflowed": self.overflowed, "active_at_once": measured.active_L}
 
     @torch.no_grad()
     def _after_step(self, counts: RoutingCounts | None, observed: Observed, skipped: Tensor, step: int) -> None:
-        self.skipped += skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         if counts is None:
             return
         if self.controller is not None:
@@ -201,26 +204,3 @@ def routing_values(counts: RoutingCounts) -> Values:
         "idle_experts": (counts.tokens_per_expert_LE == 0).sum(1),
         "max_tokens": counts.tokens_per_expert_LE.amax(1),
     }
-
-
-def split(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into micro-batches of `size` rows."""
-    parts = zip(*(values.split(size) for values in batch), strict=True)
-    return (Batch(*part) for part in parts)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; to a GPU through pinned memory, so that nothing waits."""
-    if device.type != "cuda":
-        return Batch(*(values.to(device) for values in batch))
-    return Batch(*(values.pin_memory().to(device, non_blocking=True) for values in batch))
-
-
-def attention_documents(batch: Batch, config: TrainConfig) -> Tensor | None:
-    """Document numbers that confine attention, where `data.document_mask` asks for it."""
-    return batch.document_BS if config.data.document_mask else None
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast, or none for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -11,10 +11,12 @@ import torch
 from remoe.config import to_dict
 from remoe.data import Batch, Corpus, Sampler, validation_batches
 from remoe.training import checkpoint, router_hooks, run
+from remoe.training.ahead import Launched, RunAhead, row_policy
 from remoe.training.checkpoint import Checkpoint
 from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
 from remoe.training.metrics import Metrics, MetricsFile, NoMetricsFile, cut_back
+from remoe.training.micro_batch import Values
 from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
 from remoe.training.resume import check_corpus, random_state, set_random_state
@@ -22,7 +24,7 @@ from remoe.training.run import Run
 from remoe.training.schedule import learning_rate
 from remoe.training.signals import RunStoppedError, StopRequest
 from remoe.training.sinks import Sinks
-from remoe.training.step import Stepper, Values
+from remoe.training.step import Stepper
 from remoe.training.validation import evaluate
 
 
@@ -33,6 +35,11 @@ class Due(NamedTuple):
     validation: bool
     checkpoint: bool
     log: bool
+
+    @property
+    def halt(self) -> bool:
+        """Whether the step must be known to count before the next one is launched."""
+        return self.validation or self.checkpoint
 
 
 class Trainer:
@@ -112,9 +119,15 @@ class Trainer:
             self.reporter.finish(Run(self.path, self.config))
 
     def _take_steps(self, stop: StopRequest) -> None:
+        ahead, next_step = RunAhead(self.stepper, self._train_on, row_policy(self.stepper)), self.step + 1
         while self.step < self.config.train.steps:
-            self._take_step(self._due(self.step + 1))
+            finished = ahead.launch(self._batch(next_step), next_step)
             number = self.ranks.largest_number(stop.number or 0)
+            if number or self._due(next_step).halt:
+                finished += ahead.settle()
+            for launched in finished:
+                self._finish(launched)
+            next_step += 1
             if number and self.step < self.config.train.steps:
                 self._save()
                 name = signal.Signals(number).name
@@ -122,20 +135,25 @@ class Trainer:
                     f"{self.path} was stopped by {name} after step {self.step}; --resume goes on from there", number
                 )
 
-    def _take_step(self, due: Due) -> None:
+    def _batch(self, step: int) -> Batch:
+        """This rank's rows of a step's batch."""
         parts = self.ranks.rows(self.config.train.batch_size, self.stepper.micro_batch)
-        values = self._train_on(self.sampler.rows(self.step, parts), self.step + 1, due.flips)
-        self.step += 1
+        return self.sampler.rows(step - 1, parts)
+
+    def _finish(self, launched: Launched) -> None:
+        """Do what a step that counts is followed by."""
+        self.step = launched.step
         self.recorder.count_step()
+        due = self._due(self.step)
         measured = self._validate() if due.validation else {}
         if due.log:
             lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
-            self.recorder.log(self.step, values, lr, measured)
+            self.recorder.log(self.step, launched.readout, lr, measured)
         if due.checkpoint or self._is_best(self.step):
             self._save()
 
-    def _train_on(self, batch: Batch, step: int, with_flips: bool) -> Values:
-        if not with_flips or self.flips is None:
+    def _train_on(self, batch: Batch, step: int) -> Values:
+        if self.flips is None or not self._due(step).flips:
             return self.stepper.run(batch, step)
         with self.recorder.paused():
             self.flips.before_step()
@@ -196,6 +214,7 @@ class Trainer:
             "best": self.best,
             "corpus": self.corpus.manifest,
             "device": self.stepper.device.type,
+            "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }

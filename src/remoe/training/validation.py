@@ -15,7 +15,7 @@ from remoe.distributed.ranks import Ranks
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
 from remoe.moe.routing import Routing, count_tokens
-from remoe.training.step import autocast, to_device
+from remoe.training.micro_batch import autocast, to_device
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""How many rows each MoE layer allocates: chosen from the counts of earlier steps, so that a step need not wait."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from remoe.moe import MoE
+
+WINDOW = 16
+"""Steps that capacities are chosen from."""
+SETTLED = 1.25
+"""Counts have settled when the most of a window is at most this many times its least; until then steps run exactly."""
+WASTE = 1.3
+"""Rows in force that are this many times those needed are given up: a change compiles and captures the step anew."""
+
+
+class RowCapacity:
+    """Rows for one micro-batch, layer by layer: the most of a window and twice the spread in it, rounded up.
+
+    A router whose count never varies (Top-K) gets exactly its count. `most` is the number of (token, expert) pairs of
+    a micro-batch: a capacity of so many never overflows.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.capacities: tuple[int, ...] | None = None
+        """In force; None: exact rows, whose number the layers wait for."""
+        self._counts: deque[Sequence[int]] = deque(maxlen=WINDOW)
+
+    def see(self, active_L: Sequence[int]) -> None:
+        """Take the active pairs of one step: each layer's largest micro-batch."""
+        self._counts.append(active_L)
+        needed = self._needed()
+        is_near = self.capacities is not None and self._is_near(self.capacities)
+        if self.capacities is not None and not is_near and sum(self.capacities) <= WASTE * sum(needed):
+            return
+        if self._has_settled():
+            self.capacities = needed
+        elif is_near:
+            self.capacities = None
+
+    def _needed(self) -> tuple[int, ...]:
+        return tuple(min(self.most, enough_for(counts)) for counts in zip(*self._counts, strict=True))
+
+    def _is_near(self, capacities: Sequence[int]) -> bool:
+        """Whether a layer's counts have come so near to its capacity that one of the next could be above it."""
+        layers = zip(zip(*self._counts, strict=True), capacities, strict=True)
+        return any(max(counts) + spread(counts) // 2 > capacity for counts, capacity in layers if capacity < self.most)
+
+    def _has_settled(self) -> bool:
+        totals = [sum(active_L) for active_L in self._counts]
+        return len(totals) == WINDOW and max(totals) <= SETTLED * min(totals)
+
+
+def enough_for(counts: Sequence[int]) -> int:
+    """Rows that counts like these will hardly ever exceed."""
+    return rounded_up(max(counts) + 2 * spread(counts)) if spread(counts) else max(counts)
+
+
+def spread(counts: Sequence[int]) -> int:
+    """How far counts lie apart; where they do at all, no less than 1/16 of the largest."""
+    return max(max(counts) - min(counts), -(-max(counts) // 16)) if max(counts) > min(counts) else 0
+
+
+def rounded_up(rows: int) -> int:
+    """The next number with four significant bits (at most 1/8 more); a small number as it is."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+@contextmanager
+def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None) -> Iterator[None]:
+    """Let each layer allocate so many rows inside; None: as many as it needs, as before and after."""
+    for layer, capacity in zip(layers, capacities or [None] * len(layers), strict=True):
+        layer.row_capacity = capacity
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.row_capacity = None

@@ -1,0 +1,133 @@
+"""One micro-batch: what the model makes of it, its loss, and what is measured. Tensors in, tensors out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from remoe.data import Batch
+from remoe.distributed.ranks import Ranks
+from remoe.moe.routing import Routing
+from remoe.training import router_hooks
+from remoe.training.config import TrainConfig
+from remoe.training.counts import RoutingCounts, count
+from remoe.training.objective import Objective, lm_loss
+from remoe.training.router_hooks import Observed
+
+Values = dict[str, Tensor]
+
+
+class Weighing(NamedTuple):
+    """What all losses of a step are weighed with: tensors, so that a new value compiles nothing anew."""
+
+    num_labels: Tensor
+    """Labels of the whole step, fp32."""
+    coef: Tensor | None
+    """The sparsity coefficient; None for models without the L1 term."""
+    loads_LE: Tensor | None
+    """The previous step's loads, where the L1 term is weighed by them."""
+    has_loads: Tensor
+
+
+class Measured(NamedTuple):
+    """What one micro-batch, or several, came to."""
+
+    values: Values
+    """By name: 'loss', which carries the gradient, and its parts."""
+    counts: RoutingCounts | None
+    """All ranks' counts; None for a model without MoE layers."""
+    active_L: Tensor | None
+    """This rank's active pairs of its largest micro-batch, each layer by itself."""
+    overflow: Tensor | None
+    """0-dim bool: a layer had more pairs than rows; None where none has a row capacity."""
+    observed: Observed
+
+    def detached(self) -> "Measured":
+        """The same without gradients."""
+        return self._replace(values={name: value.detach() for name, value in self.values.items()})
+
+    def plus(self, other: "Measured") -> "Measured":
+        """Both together, without the other's gradients."""
+        return Measured(
+            {name: value + other.values[name].detach() for name, value in self.values.items()},
+            self.counts.plus(other.counts) if self.counts and other.counts else None,
+            _of_both(torch.maximum, self.active_L, other.active_L),
+            _of_both(torch.logical_or, self.overflow, other.overflow),
+            router_hooks.added(self.observed, other.observed),
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """The objective of one micro-batch that counts for `share` of a step's auxiliary terms."""
+
+    config: TrainConfig
+    model: nn.Module
+    device: torch.device
+    objective: Objective
+    routers: Sequence[Any]
+    ranks: Ranks
+    share: float
+
+    def __call__(self, batch: Batch, weighing: Weighing) -> Measured:
+        """Forward and losses of a batch that is on the device."""
+        with autocast(self.config.train.precision, self.device):
+            output = self.model(batch.tokens_BS, document_BS=attention_documents(batch, self.config))
+        routings = [routing for routing in output.routings if routing is not None]
+        own_counts = count(routings)
+        counts = own_counts and RoutingCounts(**self.ranks.total(own_counts._asdict()))
+        lm = lm_loss(output.logits, batch.labels_BS, weighing.num_labels)
+        terms = self.objective.terms(routings, self._loads(counts, weighing), self._ranks_loads(counts))
+        coef = self.objective.spare_starving(counts, weighing.coef)
+        values = {"loss": lm + self.share * self.objective.penalties(terms, coef), "lm_loss": lm}
+        values |= {name: self.share * term_L for name, term_L in terms.items()}
+        active_L = own_counts.active_L if own_counts else None
+        observed = router_hooks.observe(self.routers, routings, self.share)
+        return Measured(values, counts, active_L, any_overflow(routings), observed)
+
+    def _loads(self, counts: RoutingCounts | None, weighing: Weighing) -> Tensor | None:
+        """The previous step's loads, or in the very first step the micro-batch's."""
+        if weighing.loads_LE is None:
+            return self._ranks_loads(counts)
+        assert counts is not None, "loads are kept only for models with MoE layers"
+        return torch.where(weighing.has_loads, weighing.loads_LE, counts.loads_LE)
+
+    def _ranks_loads(self, counts: RoutingCounts | None) -> Tensor | None:
+        """The loads of all ranks' micro-batches together, where a routing's own are not the same."""
+        is_shared = self.ranks.size > 1 and self.config.sparsity.mode == "paper"
+        return counts.loads_LE if counts and is_shared and self.config.sparsity.loads != "micro_batch" else None
+
+
+def any_overflow(routings: Sequence[Routing]) -> Tensor | None:
+    """Whether any layer had more pairs than rows, 0-dim; None where none has a row capacity."""
+    flags = [routing.overflow for routing in routings if routing.overflow is not None]
+    return torch.stack(flags).any() if flags else None
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut a batch into micro-batches of `size` rows."""
+    parts = zip(*(values.split(size) for values in batch), strict=True)
+    return (Batch(*part) for part in parts)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; to a GPU through pinned memory, so that nothing waits."""
+    if device.type != "cuda":
+        return Batch(*(values.to(device) for values in batch))
+    return Batch(*(values.pin_memory().to(device, non_blocking=True) for values in batch))
+
+
+def attention_documents(batch: Batch, config: TrainConfig) -> Tensor | None:
+    """Document numbers that confine attention, where `data.document_mask` asks for it."""
+    return batch.document_BS if config.data.document_mask else None
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast, or none for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _of_both(operation: Any, one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return operation(one, other) if one is not None and other is not None else one
