@@ -230,6 +230,19 @@ def poisoned() -> dict[str, Any]:
     }
 
 
+def void() -> dict[str, Any]:
+    """A step for which the first rank allocated too few rows while the others are exact."""
+    ours = together(config("relu"))
+    before = {name: whole(value.detach()).clone() for name, value in ours.tensors().items()}
+    ours.row_capacities = [1] * len(ours.layers) if ours.ranks.is_first else None
+    take_step(ours, 1)
+    after = {name: whole(value.detach()) for name, value in ours.tensors().items()}
+    return {
+        "overflowed": ours.overflowed.item(),
+        "changed": [name for name in after if not torch.equal(after[name], before[name])],
+    }
+
+
 CASES: dict[str, Callable[[], Any]] = {
-    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned,
+    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned, "void": void,
 }  # fmt: skip

@@ -16,7 +16,7 @@ ROUNDING = 4
 
 @pytest.fixture
 def results(results_of: Callable[..., Any]) -> dict[str, Any]:
-    return results_of(2, "steps", "averaged", "runs", "coefficients", "poisoned")
+    return results_of(2, "steps", "averaged", "runs", "coefficients", "poisoned", "void")
 
 
 def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
@@ -68,6 +68,10 @@ def test_all_ranks_have_one_coefficient_after_whole_runs_and_after_a_thousand_st
 def test_nan_on_one_rank_skips_the_step_on_all(results: dict[str, Any]):
     for found in results["poisoned"]:
         assert found == {"skipped": 1, "changed": ["progress.skipped", "progress.skipped_in_a_row"], "next": 0}
+
+
+def test_a_step_that_is_void_for_want_of_rows_on_one_rank_leaves_no_trace_on_any(results: dict[str, Any]):
+    assert results["void"] == [{"overflowed": True, "changed": []}] * 2
 
 
 @pytest.mark.slow

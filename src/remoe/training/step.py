@@ -119,9 +119,10 @@ class Stepper:
 
     def _cancelled(self, is_bad: Tensor, overflow: Tensor | None) -> Tensor:
         """Whether the step must leave no trace: not finite, or void for want of rows, its own or an earlier step's."""
-        if overflow is None:
+        if overflow is None and self.ranks.size == 1:
             return is_bad | self.overflowed
-        self.overflowed |= self.ranks.total({"overflow": overflow.to(torch.int64)})["overflow"] > 0
+        own = torch.zeros_like(self.overflowed) if overflow is None else overflow  # each rank has its own capacities
+        self.overflowed |= self.ranks.total({"overflow": own.to(torch.int64)})["overflow"] > 0
         return is_bad | self.overflowed
 
     def _count_skipped(self, is_bad: Tensor) -> None:
