@@ -244,5 +244,6 @@ def void() -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned, "void": void,
+    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned,
+    "void": void,
 }  # fmt: skip
