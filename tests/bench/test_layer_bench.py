@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remoe.bench import ours, peers
+from remoe.bench import ours, peers, profile
+from remoe.bench.clock import Clock
 from remoe.bench.layer import LayerBench, bench_layer
 from remoe.bench.limits import Limits
 from remoe.bench.numerics import TENSORS, errors, expected, plain_results, relative_error, too_large
@@ -188,6 +189,22 @@ def test_a_profile_lists_kernels_whose_shares_add_up():
     assert len(listed) == 20
     assert sum(kernel["share"] for kernel in listed) <= 1 + 1e-9
     assert {"kernel", "calls", "us", "share"} <= kernels[0].keys()
+
+
+def test_our_kernels_are_rated_by_their_products_or_their_traffic(monkeypatch: pytest.MonkeyPatch):
+    kernels = [
+        {"kernel": "rows_matmul_kernel", "calls": 3, "us": 1000.0, "share": 0.4},
+        {"kernel": "weight_grad_kernel", "calls": 1, "us": 500.0, "share": 0.2},
+        {"kernel": "combine_kernel", "calls": 2, "us": 100.0, "share": 0.1},
+    ]
+    monkeypatch.setattr(profile, "kernels_of", lambda call, clock: kernels)
+    shape = SHAPES["remoe182m_E8"]
+    matmul, weight_grad, combine, everything = profile.profile_step(lambda: None, shape, Clock(CPU), 2)
+    product = 2 * 16384 * 768 * 3072
+    assert matmul["tflops"] == pytest.approx(4 * product / 1e-3 / 1e12)
+    assert "tflops" not in weight_grad  # torch has taken the other call: of 1 or of 2 products
+    assert combine["gb_per_second"] == pytest.approx(2 * 2 * 16384 * 768 * 2 / 1e-4 / 1e9)
+    assert everything["calls"] == 6
 
 
 def test_a_relative_error_counts_a_nan():

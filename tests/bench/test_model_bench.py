@@ -1,6 +1,7 @@
 """Benchmarks of whole models, on a tiny one."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -80,14 +81,14 @@ def test_a_twin_shares_every_parameter_but_the_routers(model):
 
 
 def test_twins_share_the_optimizers_state_and_a_step_leaves_all_weights_alone(model, run_config):
-    batch = random_batch(run_config.model, 4, 64, seed=0)
-    relu = OurArm("relu", stepper_of(run_config, model, CPU), batch)
+    batches = [random_batch(run_config.model, 4, 64, seed=0)]
+    relu = OurArm("relu", stepper_of(run_config, model, CPU), batches)
     twin = twin_with_router(model, "topk")
     topk_config = dataclasses.replace(run_config, model=twin.config)
-    topk = OurArm("topk", twin_stepper(topk_config, twin, relu.stepper), batch)
+    topk = OurArm("topk", twin_stepper(topk_config, twin, relu.stepper), batches)
     before = [parameter.detach().clone() for parameter in [*model.parameters(), *twin.parameters()]]
     for arm in (relu, topk, relu):
-        assert torch.isfinite(arm.step()["loss"])
+        assert math.isfinite(arm.step()["loss"])
     after = [*model.parameters(), *twin.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     embedding = model.model.embed_tokens.weight
@@ -95,6 +96,20 @@ def test_twins_share_the_optimizers_state_and_a_step_leaves_all_weights_alone(mo
     assert float(relu.stepper.optimizer.state[embedding]["step"]) == 3
     own_router = twin.model.layers[0].mlp.router.weight
     assert float(relu.stepper.optimizer.state[own_router]["step"]) == 1
+
+
+def test_capacities_are_those_of_many_steps_of_the_same_routing(model, run_config):
+    config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, rows="capacity"))
+    batches = [random_batch(config.model, 4, 64, seed=seed) for seed in (0, 1)]
+    arm = OurArm("relu", stepper_of(config, model, CPU), batches)
+    arm.settle_rows()
+    with torch.no_grad():
+        parts = [part for batch in batches for part in batch.tokens_BS.split(2)]
+        most = max(int(model(part).routings[0].routing_map_TE.sum()) for part in parts)
+    assert arm.stepper.row_capacities is not None
+    assert most <= arm.stepper.row_capacities[0] <= 1.5 * most
+    assert not arm.step()  # known to count one step later
+    assert not arm.step()["overflowed"]
 
 
 def test_rows_are_the_dense_start_the_steady_state_of_both_and_their_ratio(run_config):

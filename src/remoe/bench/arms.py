@@ -1,6 +1,7 @@
 """Models in training that take optimizer steps in turn."""
 
 import gc
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
+from remoe.training.ahead import RunAhead, row_policy
+from remoe.training.capacity import WINDOW
 from remoe.training.config import TrainConfig
 from remoe.training.step import Stepper
 
@@ -19,25 +22,49 @@ class Arm(Protocol):
     name: str
 
     def step(self) -> dict[str, Any]:
-        """Take one optimizer step; what it measured, if anything, still on the device."""
+        """Take one optimizer step; what the last step that is known to count measured, if anything."""
         ...
 
 
 class OurArm:
-    """A native model under the trainer's own step, at a learning rate of 0: routing stays as it was set."""
+    """A native model under the trainer's own steps, at a learning rate of 0: routing stays as it was set."""
 
-    def __init__(self, name: str, stepper: Stepper, batch: Batch) -> None:
-        self.name, self.stepper, self.batch = name, stepper, batch
+    def __init__(self, name: str, stepper: Stepper, batches: Sequence[Batch]) -> None:
+        self.name, self.stepper, self.batches = name, stepper, batches
         self._steps = 0
+        self._cycle = itertools.cycle(batches)
+        self._ahead = RunAhead(stepper, stepper.run, row_policy(stepper))
 
     def step(self) -> dict[str, Any]:
-        """One step on the arm's own batch."""
-        return self.step_on(self.batch)
-
-    def step_on(self, batch: Batch) -> dict[str, Any]:
-        """One step on this batch."""
+        """Launch one step on the next batch, as the trainer does."""
         self._steps += 1
-        return self.stepper.run(batch, self._steps)
+        finished = self._ahead.launch(next(self._cycle), self._steps)
+        return finished[-1].readout.read() if finished else {}
+
+    def settle_rows(self) -> None:
+        """Choose row capacities as after many steps of this routing; each batch once, then their counts again."""
+        self._ahead.settle()
+        capacity = row_policy(self.stepper)
+        if capacity is not None:
+            self.stepper.row_capacities = None
+            counts = [self._counts(batch) for batch in self.batches]
+            for active_L in itertools.islice(itertools.cycle(counts), WINDOW):
+                capacity.see(active_L)
+        self._ahead = RunAhead(self.stepper, self.stepper.run, capacity)
+        self.stepper.row_capacities = None if capacity is None else capacity.capacities
+
+    def loss_on(self, batch: Batch) -> float:
+        """The language-model loss of a step on a batch, with the row capacities in force."""
+        self._steps += 1
+        return float(self.stepper.run(batch, self._steps)["lm_loss"])
+
+    def _counts(self, batch: Batch) -> list[int]:
+        """Active pairs of each layer's largest micro-batch. Top-K's are known, and need no step (nor its graph)."""
+        moe, length = self.stepper.config.model.moe, self.stepper.config.data.sequence_length
+        if moe.router_name == "topk":
+            return [self.stepper.micro_batch * length * moe.routed_top_k] * len(self.stepper.layers)
+        self._steps += 1
+        return [int(count) for count in self.stepper.run(batch, self._steps)["active_at_once"].tolist()]
 
 
 def stepper_of(config: TrainConfig, model: ReMoEForCausalLM, device: torch.device) -> Stepper:

@@ -38,6 +38,7 @@ STAGE_STEPS, RUN_STEPS = 110, 60_000
 DENSITY_TOLERANCE = 0.02
 LOSS_TOLERANCE = 5e-3
 _SETTLING_TOKENS = 16384
+_BATCHES = 4
 PEERS = {  # experts implementation (None: the library's choice) and precision
     "transformers": (None, "autocast"),
     "transformers_eager": ("eager", "autocast"),
@@ -97,17 +98,18 @@ def peak_tflops(device: torch.device) -> float | None:
 def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -> None:
     device = bench.device
     model = fresh_model(_relu(config), device)
-    batch = random_batch(config.model, config.train.batch_size, config.data.sequence_length, seed=0)
-    relu = OurArm("relu", stepper_of(_with_router(config, "relu"), model, device), batch)
+    batches = _batches(config)
+    relu = OurArm("relu", stepper_of(_with_router(config, "relu"), model, device), batches)
     start = _measured(bench, config, [relu], 2)
     for row in start:
         results.add({"model": name, "phase": "start", **row})
     twin = twin_with_router(model, "topk")
-    topk = OurArm("topk", twin_stepper(_with_router(config, "topk"), twin, relu.stepper), batch)
+    topk = OurArm("topk", twin_stepper(_with_router(config, "topk"), twin, relu.stepper), batches)
     steady.share_a_direction(model)
     mismatches = []
     for arm in (relu, topk):
         _settle(arm, config, device)
+        arm.settle_rows()
         mismatches += [f"{name}, {text}" for text in _wrong_loss(arm, config)]
     rows = _measured(bench, config, [relu, topk], bench.steps)
     mismatches += [f"{name}, {text}" for text in _wrong_density(rows[0], config)]
@@ -116,6 +118,13 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
     for row, arm in zip(rows, (relu, topk), strict=True):
         results.add({"model": name, "phase": "steady", **row} | (_profile(bench, config, arm) if bench.profile else {}))
     results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **_ratios(start[0], *rows)})
+
+
+def _batches(config: TrainConfig) -> list[Batch]:
+    """Several, so that counts vary from step to step; one where it is too small to have the density of the others."""
+    length, size = config.data.sequence_length, config.train.batch_size
+    seeds = range(_BATCHES if size * length >= _SETTLING_TOKENS else 1)
+    return [random_batch(config.model, size, length, seed) for seed in seeds]
 
 
 def _peers(bench: ModelBench, name: str, config: TrainConfig, results: Results) -> None:
@@ -155,11 +164,12 @@ def _measured(bench: ModelBench, config: TrainConfig, arms: Sequence[Arm], steps
         arm.step()
     peaks = [_peak_bytes(arm, device) for arm in arms]
     times: list[list[float]] = [[] for _ in arms]
-    values: list[dict[str, Any]] = [{} for _ in arms]
+    values: list[list[dict[str, Any]]] = [[] for _ in arms]
     for _ in range(steps):
         for index, arm in enumerate(arms):
-            seconds, values[index] = _seconds(arm, device)
+            seconds, measured = _seconds(arm, device)
             times[index].append(seconds)
+            values[index].append(measured)
     return [
         {"candidate": arm.name, "kind": "ours", "first_step_seconds": first, "peak_bytes": peak}
         | _speeds(bench, config, seconds)
@@ -198,10 +208,9 @@ def _speeds(bench: ModelBench, config: TrainConfig, seconds: list[float]) -> Row
     return row | {"model_tflops": flops / 1e12} | ({} if peak is None else {"mfu": flops / 1e12 / peak})
 
 
-def _density(values: dict[str, Any]) -> Row:
-    if "active" not in values:
-        return {}
-    return {"density": float(values["active"].sum() / values["total"].sum())}
+def _density(values: list[dict[str, Any]]) -> Row:
+    found = [sum(step["active"]) / sum(step["total"]) for step in values if "active" in step]
+    return {"density": statistics.fmean(found)} if found else {}
 
 
 def _seconds(arm: Arm, device: torch.device) -> tuple[float, dict[str, Any]]:
@@ -223,15 +232,15 @@ def _peak_bytes(arm: Arm, device: torch.device) -> int | None:
 
 def _settle(arm: OurArm, config: TrainConfig, device: torch.device) -> None:
     sequences = max(1, _SETTLING_TOKENS // config.data.sequence_length)
-    tokens_BS = arm.batch.tokens_BS[:sequences].to(device)
+    tokens_BS = arm.batches[0].tokens_BS[:sequences].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         steady.settle(_native(arm), tokens_BS)
 
 
 def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
     """Where the step's loss differs from the eager model's in fp32, on one micro-batch."""
-    part = Batch(*(values[: config.train.micro_batch] for values in arm.batch))
-    found = float(arm.step_on(part)["lm_loss"])
+    part = Batch(*(values[: config.train.micro_batch] for values in arm.batches[0]))
+    found = arm.loss_on(part)
     wanted = _plain_loss(_native(arm), part, arm.stepper.device)
     if abs(found - wanted) <= LOSS_TOLERANCE * wanted:
         return []

@@ -15,21 +15,21 @@ Kernel = dict[str, Any]
 _MOST = 20
 
 _WORK = (
-    ("swiglu_fwd_kernel", 2.0),
-    ("swiglu_bwd_kernel", 1.0),
-    ("rows_matmul_kernel", 1.5),
-    ("weight_grad_kernel", 1.5),
+    ("swiglu_fwd_kernel", 1, 2),
+    ("rows_matmul_kernel", 3, 4),
+    ("weight_grad_kernel", 2, 3),
 )
-"""Our kernels (patterns) and the products of a call, on average, in units of N * H * F multiply-adds. 1.5: one call
-of 1 (for the down projection) and one of 2 (for gate and up); a lone call is either and is not rated."""
-_TRAFFIC = (
-    ("gather_kernel", 2, 0),
-    ("combine_kernel", 1, 1),
+"""Our kernels (patterns): so many calls a layer and step, and their products in units of N * H * F multiply-adds. Where
+torch's grouped product takes some of the calls, which ones are left is not known, and they are not rated."""
+_TRAFFIC: tuple[tuple[str, Callable[[LayerShape], int]], ...] = (
+    ("gather_kernel", lambda shape: 2 * shape.num_pairs * shape.hidden_size),
+    ("combine_kernel", lambda shape: (shape.num_pairs + shape.num_tokens) * shape.hidden_size),
+    ("swiglu_bwd_kernel", lambda shape: 6 * shape.num_pairs * shape.expert_size),
 )
-"""Our kernels and what one call moves: so many times the N rows and the T tokens, each H numbers wide."""
+"""Our kernels, and the numbers that one call reads and writes."""
 _ALL_PRODUCTS = 9.0
 _PRODUCTS = re.compile(
-    r"gemm|grouped|swiglu_|rows_matmul|weight_grad|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE
+    r"gemm|grouped|swiglu_fwd|rows_matmul|weight_grad|cutlass|nvjet|matmul|_mm|::mm|addmm", re.IGNORECASE
 )
 
 
@@ -80,13 +80,13 @@ def _kernel(event: Any, is_cuda: bool) -> Kernel:
 
 
 def _rates(kernel: Kernel, shape: LayerShape, bytes_a_number: int) -> Kernel:
-    for pattern, products in _WORK:
-        if re.search(pattern, kernel["kernel"]) and (products * kernel["calls"]).is_integer():
-            return {"tflops": _tflops(products * kernel["calls"], shape, kernel["us"])}
-    for pattern, rows, tokens in _TRAFFIC:
+    calls, microseconds = kernel["calls"], kernel["us"]
+    for pattern, set_of_calls, products in _WORK:
+        if re.search(pattern, kernel["kernel"]) and calls % set_of_calls == 0:
+            return {"tflops": _tflops(products * calls / set_of_calls, shape, microseconds)}
+    for pattern, numbers in _TRAFFIC:
         if re.search(pattern, kernel["kernel"]):
-            numbers = (rows * shape.num_pairs + tokens * shape.num_tokens) * shape.hidden_size * kernel["calls"]
-            return {"gb_per_second": numbers * bytes_a_number / kernel["us"] / 1e3}
+            return {"gb_per_second": numbers(shape) * calls * bytes_a_number / microseconds / 1e3}
     return {}
 
 
