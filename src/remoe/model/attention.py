@@ -11,6 +11,7 @@ from remoe.model.config import ReMoEConfig
 from remoe.model.linear import Linear, in_compute_dtype
 from remoe.model.placement import Placement
 from remoe.model.rotary import rotary_angles, rotate
+from remoe.model.sequence import WHOLE, WholeSequence
 
 
 class AttentionInputs(NamedTuple):
@@ -44,6 +45,7 @@ class Attention(nn.Module):
     def __init__(self, config: ReMoEConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
+        self.sequence: WholeSequence = WHOLE
         self.head_size = config.head_width
         self.q_proj = Linear(config.hidden_size, config.num_heads * self.head_size)
         self.k_proj = Linear(config.hidden_size, config.kv_heads * self.head_size)
@@ -52,17 +54,18 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BSH: Tensor, inputs: AttentionInputs) -> Tensor:
         """Attend within the batch and, with a cache, to the tokens before it."""
-        hidden_BSH = in_compute_dtype(hidden_BSH)
+        hidden_BSH = self.sequence.gather_tokens(in_compute_dtype(hidden_BSH))
         query_BASD = rotate(self._heads(self.q_proj(hidden_BSH)), inputs.cos, inputs.sin)
         key_BASD = rotate(self._heads(self.k_proj(hidden_BSH)), inputs.cos, inputs.sin)
         value_BASD = self._heads(self.v_proj(hidden_BSH))
         if inputs.cache is not None:
             key_BASD, value_BASD = inputs.cache.update(self.layer_index, key_BASD, value_BASD)
         mixed_BASD = attend(query_BASD, key_BASD, value_BASD, inputs.mask)
-        return self.o_proj(mixed_BASD.transpose(1, 2).flatten(2))
+        mixed_BSX = self.sequence.heads_to_tokens(mixed_BASD.transpose(1, 2).flatten(2))
+        return self.sequence.scatter_tokens(self.o_proj(mixed_BSX))
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+    def _heads(self, projected_BSX: Tensor) -> Tensor:
+        return self.sequence.tokens_to_heads(projected_BSX).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 def attend(query_BASD: Tensor, key_BASD: Tensor, value_BASD: Tensor, mask: Tensor | None) -> Tensor:

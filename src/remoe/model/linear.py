@@ -1,7 +1,10 @@
 """Layers without initial values of their own: init.py draws them all, each from its own generator."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from remoe.moe.experts import own_part
 
 
 class Linear(nn.Linear):
@@ -9,6 +12,10 @@ class Linear(nn.Linear):
 
     def __init__(self, in_size: int, out_size: int, bias: bool = False) -> None:
         super().__init__(in_size, out_size, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x W^T + b, with this rank's rows or columns of W where ranks share it."""
+        return F.linear(input, own_part(self.weight), self.bias)
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: the model draws every parameter once, at the end."""

@@ -1,0 +1,141 @@
+"""Sequences whose tokens are shared by ranks: only attention exchanges anything, in one of two ways.
+
+Context parallel: each rank projects its own tokens, then gives each rank all tokens of some heads, and back (as
+DeepSpeed-Ulysses does). Tensor parallel: each rank has the weights of some heads, gathers all tokens before them, and
+sums the outputs over ranks after them (Megatron's sequence parallelism). All else is data parallel over tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from remoe.model.sequence import WholeSequence
+
+
+class SharedSequence(WholeSequence):
+    """Rank q of s has the q-th s-th of each sequence."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.index, self.num_ranks = group.rank(), group.size()
+
+    def columns(self, length: int) -> slice:
+        own = length // self.num_ranks
+        return slice(self.index * own, (self.index + 1) * own)
+
+
+class ContextParallel(SharedSequence):
+    """Exchanges tokens for heads around attention; parameters stay whole."""
+
+    def tokens_to_heads(self, projected_BSX: Tensor) -> Tensor:
+        return _TokensToHeads.apply(projected_BSX, self.group)  # pyright: ignore[reportReturnType]
+
+    def heads_to_tokens(self, mixed_BSX: Tensor) -> Tensor:
+        return _HeadsToTokens.apply(mixed_BSX, self.group)  # pyright: ignore[reportReturnType]
+
+
+class TensorParallel(SharedSequence):
+    """Gathers tokens before the heads and sums over heads after them; each rank has the weights of its own heads."""
+
+    def gather_tokens(self, hidden_BSH: Tensor) -> Tensor:
+        return _GatherTokens.apply(hidden_BSH, self.group)  # pyright: ignore[reportReturnType]
+
+    def scatter_tokens(self, hidden_BSH: Tensor) -> Tensor:
+        return _ScatterTokens.apply(hidden_BSH, self.group)  # pyright: ignore[reportReturnType]
+
+
+def share_heads(attention: nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this rank's heads of an attention module, in place: rows of the inner projections, columns of the outer."""
+    for name in ("q_proj", "k_proj", "v_proj"):
+        _share(getattr(attention, name), mesh, dim=0)
+    _share(attention.o_proj, mesh, dim=1)  # pyright: ignore[reportArgumentType]
+
+
+def _share(linear: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+    weight: Any = linear.weight
+    own = weight.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone(memory_format=torch.contiguous_format)
+    shared = DTensor.from_local(own, mesh, [Shard(dim)], run_check=False)
+    linear.weight = nn.Parameter(shared, requires_grad=weight.requires_grad)
+
+
+class _TokensToHeads(torch.autograd.Function):
+    """[B, S/s, X] of all heads to [B, S, X/s] of own heads."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _tokens_to_heads(projected, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return _heads_to_tokens(grad, ctx.group), None
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    """[B, S, X/s] of own heads to [B, S/s, X] of all heads."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _heads_to_tokens(mixed, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return _tokens_to_heads(grad, ctx.group), None
+
+
+class _GatherTokens(torch.autograd.Function):
+    """[B, S/s, H] to [B, S, H]; each rank's gradient is of all tokens, and they add up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(hidden, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return _scatter_sum(grad, ctx.group), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    """The sum over ranks of [B, S, H], of which each keeps its own tokens [B, S/s, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter_sum(hidden, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return _gather(grad, ctx.group), None
+
+
+def _tokens_to_heads(projected: Tensor, group: dist.ProcessGroup) -> Tensor:
+    by_rank = torch.stack(projected.chunk(group.size(), dim=-1))  # [s, B, S/s, X/s]: whose heads
+    received = torch.empty_like(by_rank)
+    dist.all_to_all_single(received, by_rank, group=group)  # [s, B, S/s, X/s]: whose tokens
+    return torch.cat(received.unbind(), dim=1)
+
+
+def _heads_to_tokens(mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    by_rank = torch.stack(mixed.chunk(group.size(), dim=1))  # whose tokens
+    received = torch.empty_like(by_rank)
+    dist.all_to_all_single(received, by_rank, group=group)  # whose heads
+    return torch.cat(received.unbind(), dim=-1)
+
+
+def _gather(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    everyone = hidden.new_empty((group.size(), *hidden.shape))
+    dist.all_gather_into_tensor(everyone, hidden.contiguous(), group=group)
+    return torch.cat(everyone.unbind(), dim=1)
+
+
+def _scatter_sum(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    by_rank = torch.stack(hidden.chunk(group.size(), dim=1))
+    own = torch.empty_like(by_rank[0])
+    dist.reduce_scatter_tensor(own, by_rank, group=group)
+    return own
