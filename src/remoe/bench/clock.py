@@ -42,6 +42,24 @@ class Clock:
         repeats = max(_FEWEST_REPEATS, min(_MOST_REPEATS, int(_BUDGET_MS / max(once, 1e-6))))
         return statistics.median(self._times(call, repeats))
 
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call as one CUDA graph, to be replayed: its time without that of launching kernel by kernel."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
     def first_seconds(self, call: Callable[[], Any]) -> float:
         """Seconds of a first call, compilation and all."""
         start = time.perf_counter()

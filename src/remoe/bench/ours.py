@@ -20,6 +20,16 @@ Builder = Callable[[Problem, Routing], Forward]
 CAPACITY_MARGIN = 1.25
 
 
+class Captured:
+    """A forward that is to be timed as a CUDA graph."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def __call__(self) -> Tensor:
+        return self.forward()
+
+
 def exact(problem: Problem, routing: Routing) -> Forward:
     """As many rows as there are pairs, all kept for the backward pass: on a GPU each call waits for that number."""
     return _layer(problem, routing, _experts(problem))
@@ -28,6 +38,13 @@ def exact(problem: Problem, routing: Routing) -> Forward:
 def capacity(problem: Problem, routing: Routing) -> Forward:
     """Rows for CAPACITY_MARGIN times the pairs, as in a training step that never waits."""
     return _layer(problem, routing, _experts(problem), int(problem.shape.num_pairs * CAPACITY_MARGIN))
+
+
+def graph(problem: Problem, routing: Routing) -> Forward:
+    """As `capacity`, replayed as a CUDA graph: what the kernels take, without launching them one by one."""
+    if not problem.hidden_TH.is_cuda:
+        raise NotApplicable("graphs need a GPU")
+    return Captured(capacity(problem, routing))
 
 
 def chunked(problem: Problem, routing: Routing) -> Forward:
@@ -54,13 +71,18 @@ def _backend(name: str) -> Builder:
     return build
 
 
-COLUMNS: dict[str, Builder] = {"remoe": exact, "remoe_capacity": capacity, "remoe_chunked": chunked}
+COLUMNS: dict[str, Builder] = {
+    "remoe": exact,
+    "remoe_capacity": capacity,
+    "remoe_graph": graph,
+    "remoe_chunked": chunked,
+}
 COLUMNS |= {f"remoe_{name}": _backend(name) for name in backends.NAMES if name != "auto"}
 
 
 def default_columns(device: torch.device) -> list[str]:
     """All that differ on the device but the explicit back-ends: a CPU neither waits nor works in chunks."""
-    return ["remoe", "remoe_capacity", "remoe_chunked"] if device.type == "cuda" else ["remoe"]
+    return ["remoe", "remoe_capacity", "remoe_graph", "remoe_chunked"] if device.type == "cuda" else ["remoe"]
 
 
 def _experts(problem: Problem) -> GroupedExperts:
