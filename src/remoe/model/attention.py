@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remoe.model.cache import KVCache
+from remoe.model.cache import AnyCache, CacheWindow
 from remoe.model.config import ReMoEConfig
 from remoe.model.linear import Linear, in_compute_dtype
 from remoe.model.placement import Placement
@@ -21,8 +21,8 @@ class AttentionInputs(NamedTuple):
     sin: Tensor
     """Rotary angles, fp32 [B or 1, 1, S, D/2]."""
     mask: Tensor | None
-    """Bool [B or 1, 1, S, K]; None: plain causal, or one new token that sees all."""
-    cache: KVCache | None
+    """[B or 1, 1, S, K], bool, or added to the scores; None: plain causal, or one new token that sees all."""
+    cache: AnyCache | None
 
 
 class RotaryPositions(nn.Module):
@@ -33,10 +33,13 @@ class RotaryPositions(nn.Module):
         self.head_size = config.head_width
         self.theta = config.rope_theta
 
-    def forward(self, placement: Placement, cache: KVCache | None) -> AttentionInputs:
+    def forward(self, placement: Placement, cache: AnyCache | None) -> AttentionInputs:
         """The angles, and which tokens each one may attend to."""
         angles = rotary_angles(placement.position_BS, self.head_size, self.theta)
-        return AttentionInputs(*angles, placement.attention_mask, cache)
+        mask = placement.attention_mask
+        if mask is not None and isinstance(cache, CacheWindow):
+            mask = _added(mask, cache.dtype)
+        return AttentionInputs(*angles, mask, cache)
 
 
 class Attention(nn.Module):
@@ -74,6 +77,8 @@ def attend(query_BASD: Tensor, key_BASD: Tensor, value_BASD: Tensor, mask: Tenso
     # only the flash kernel shares heads, and it takes neither a mask nor fp32; elsewhere sharing means the slow
     # path that stores all scores
     can_share = mask is None and query_BASD.dtype in (torch.bfloat16, torch.float16)
+    if num_groups > 1 and query_BASD.shape[2] == 1 and not can_share:
+        return _attend_in_groups(query_BASD, key_BASD, value_BASD, mask)
     if num_groups > 1 and not can_share:
         key_BASD, value_BASD = (heads.repeat_interleave(num_groups, dim=1) for heads in (key_BASD, value_BASD))
     return F.scaled_dot_product_attention(
@@ -84,3 +89,15 @@ def attend(query_BASD: Tensor, key_BASD: Tensor, value_BASD: Tensor, mask: Tenso
         is_causal=mask is None and query_BASD.shape[2] > 1,
         enable_gqa=num_groups > 1 and can_share,
     )
+
+
+def _attend_in_groups(query_BA1D: Tensor, key_BAKD: Tensor, value_BAKD: Tensor, mask: Tensor | None) -> Tensor:
+    """One new token: the query heads of a group stand as the places of a sequence, so that no key is read twice."""
+    query_BAGD = query_BA1D.squeeze(2).unflatten(1, (key_BAKD.shape[1], -1))
+    mixed_BAGD = F.scaled_dot_product_attention(query_BAGD, key_BAKD, value_BAKD, attn_mask=mask)
+    return mixed_BAGD.flatten(1, 2).unsqueeze(2)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bool mask as numbers to add to scores: made once a step, where attention would make it once a layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)

@@ -20,6 +20,8 @@ class Placement(NamedTuple):
     """Bool: tokens that count, cached ones first; None: all."""
     attention_mask: Tensor | None
     """Bool [B or 1, 1, S, K]: which keys a query sees; None: all up to itself."""
+    token_mask_BS: Tensor | None
+    """Bool: new tokens that count; None: all."""
 
 
 def place_tokens(
@@ -37,6 +39,24 @@ def place_tokens(
         start_BS.expand_as(tokens_BS),
         key_mask_BK,
         _attention_mask(tokens_BS, num_cached, key_mask_BK, document_BS),
+        None if key_mask_BK is None else key_mask_BK[:, -tokens_BS.shape[1] :],
+    )
+
+
+def place_step(slot: Tensor, key_mask_BK: Tensor) -> Placement:
+    """One new token a row at `slot` (int64 [1]) of K places, nothing of which the host has to know.
+
+    `key_mask_BK` is true for tokens that count, the new ones included, and false at the places after them.
+    """
+    key_K = torch.arange(key_mask_BK.shape[1], device=slot.device)
+    token_mask_B1 = key_mask_BK.index_select(1, slot)
+    position_B1 = (key_mask_BK & (key_K < slot)).sum(1, keepdim=True)
+    return Placement(
+        position_B1,
+        (position_B1 == 0) & token_mask_B1,
+        key_mask_BK,
+        (key_mask_BK | (key_K == slot))[:, None, None],  # a row that has stopped sees itself, as padding does
+        token_mask_B1,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remoe.model.cache import KVCache
+from remoe.model.cache import AnyCache
 from remoe.model.config import ReMoEConfig
 from remoe.model.linear import Linear, in_compute_dtype
 from remoe.model.placement import Placement
@@ -21,7 +21,7 @@ class RelativeInputs(NamedTuple):
     position_keys_DW: Tensor
     mask: Tensor | None
     """Bool [B or 1, 1, S, W]: slots that hold a token of the own text; None: all that exist."""
-    cache: KVCache | None
+    cache: AnyCache | None
 
 
 class RelativePositions(nn.Module):
@@ -35,7 +35,7 @@ class RelativePositions(nn.Module):
         """N(0, 1), as in the base."""
         return {"keys": Normal(1.0)}
 
-    def forward(self, placement: Placement, cache: KVCache | None) -> RelativeInputs:
+    def forward(self, placement: Placement, cache: AnyCache | None) -> RelativeInputs:
         """The keys, and which slots each token may attend to."""
         mask = placement.attention_mask
         return RelativeInputs(self.keys, None if mask is None else unskew(span_before(mask, self.keys.shape[1])), cache)
