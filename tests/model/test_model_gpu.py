@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 from remoe.model.size import Workload, plan
@@ -15,8 +14,7 @@ pytestmark = [
 
 def loss_of(model, tokens_BS, **inputs):
     with torch.autocast("cuda", torch.bfloat16):
-        logits = model(tokens_BS, **inputs).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens_BS.flatten())
+        return model(tokens_BS, labels_BS=tokens_BS, **inputs).losses / tokens_BS.numel()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

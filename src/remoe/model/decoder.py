@@ -4,21 +4,22 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from remoe.errors import ConfigError
 from remoe.model.attention import RotaryPositions
 from remoe.model.block import DecoderLayer
-from remoe.model.cache import KVCache
+from remoe.model.cache import AnyCache, KVCache
 from remoe.model.config import ReMoEConfig
 from remoe.model.generate import Sampling, generate_tokens
 from remoe.model.init import initialise
 from remoe.model.linear import Embedding, Linear
+from remoe.model.loss import Head
 from remoe.model.placement import Placement, place_tokens
 from remoe.model.post_norm import PostNormLayer, outer_values
 from remoe.model.relative_attention import RelativePositions
+from remoe.model.sequence import WHOLE, WholeSequence
 from remoe.moe import MoE, RouterContext, Routing
 from remoe.moe.cells import share_cell
 from remoe.moe.initial import Initial
@@ -33,6 +34,15 @@ class ModelOutput(NamedTuple):
     """One a layer, None for dense ones; each has T = B*S tokens, row after row."""
 
 
+class LossOutput(NamedTuple):
+    """What the model returns instead when it is given labels."""
+
+    losses: Tensor
+    """Cross-entropies in fp32 or wider: their sum, 0-dim, or [B, S] with 0 where there is no label."""
+    routings: tuple[Routing | None, ...]
+    """As in ModelOutput."""
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm; with recurrent routers also the one cell that they share."""
 
@@ -40,6 +50,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.sequence: WholeSequence = WHOLE
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         layer_class = PostNormLayer if config.is_post_norm else DecoderLayer
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_layers))
@@ -48,12 +59,13 @@ class Decoder(nn.Module):
         self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(
-        self, tokens_BS: Tensor, placement: Placement, cache: KVCache | None
+        self, tokens_BS: Tensor, placement: Placement, cache: AnyCache | None
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
         """The normed last hidden states and each layer's routing."""
         attention = self.positions(placement, cache)
-        context = _router_context(tokens_BS, placement, cache)
-        hidden_BSH = self.embed_tokens(tokens_BS)
+        own = self.sequence.columns(tokens_BS.shape[1])
+        context = _router_context(tokens_BS, placement, cache, own)
+        hidden_BSH = self.embed_tokens(tokens_BS[:, own])
         run = _recomputed if self._recomputes(cache) else _kept
         routings: list[Routing | None] = []
         for layer_index, layer in enumerate(self.layers):
@@ -64,7 +76,7 @@ class Decoder(nn.Module):
             routings.append(routing)
         return self.norm(hidden_BSH), tuple(routings)
 
-    def _recomputes(self, cache: KVCache | None) -> bool:
+    def _recomputes(self, cache: AnyCache | None) -> bool:
         return self.activation_checkpointing and cache is None and torch.is_grad_enabled()
 
 
@@ -76,12 +88,12 @@ def _recomputed(layer: nn.Module, *inputs: Any) -> Any:
     return checkpoint(layer, *inputs, use_reentrant=False)
 
 
-def _router_context(tokens_BS: Tensor, placement: Placement, cache: KVCache | None) -> RouterContext:
-    key_mask_BK = placement.key_mask_BK
+def _router_context(tokens_BS: Tensor, placement: Placement, cache: AnyCache | None, own: slice) -> RouterContext:
+    token_mask_BS = placement.token_mask_BS
     return RouterContext(
-        token_ids_T=tokens_BS.flatten(),
-        token_mask_T=None if key_mask_BK is None else key_mask_BK[:, -tokens_BS.shape[1] :].flatten(),
-        sequence_start_T=placement.sequence_start_BS.flatten(),
+        token_ids_T=tokens_BS[:, own].flatten(),
+        token_mask_T=None if token_mask_BS is None else token_mask_BS[:, own].flatten(),
+        sequence_start_T=placement.sequence_start_BS[:, own].flatten(),
         cache=None if cache is None else cache.router_memory,
     )
 
@@ -124,23 +136,30 @@ class ReMoEForCausalLM(nn.Module):
         *,
         document_BS: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> ModelOutput:
-        """Logits of the next token at each place, and the routings.
+        labels_BS: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> ModelOutput | LossOutput:
+        """Logits of the next token at each place, or with labels their cross-entropies; and the routings.
 
         `token_mask_BS`: true for tokens that count; padding is not attended to, routed or counted.
         `document_BS`: attention stays among neighbours with equal numbers; None: plain causal attention.
         `cache`: keys and values of the tokens before these; the call adds its own.
+        `labels_BS`: the next tokens, -100 where there is none; on a GPU not all logits exist at once then.
+        `reduction`: sum, or none for each place's loss, which has no gradient on a GPU.
         """
         placement = place_tokens(tokens_BS, token_mask_BS, document_BS, cache)
         hidden_BSH, routings = self.model(tokens_BS, placement, cache)
         if cache is not None:
             cache.advance(tokens_BS.shape[1], placement.key_mask_BK)
-        return ModelOutput(self._logits(hidden_BSH), routings)
+        if labels_BS is not None:
+            own_BS = labels_BS[:, self.model.sequence.columns(labels_BS.shape[1])]
+            return LossOutput(self._head().losses(hidden_BSH, own_BS, reduction), routings)
+        return ModelOutput(self._head().logits(hidden_BSH), routings)
 
-    def _logits(self, hidden_BSH: Tensor) -> Tensor:
+    def _head(self) -> Head:
         if self.lm_head is None:
-            return F.linear(hidden_BSH, self.model.embed_tokens.weight)
-        return self.lm_head(hidden_BSH)
+            return Head(self.model.embed_tokens.weight, None)
+        return Head(self.lm_head.weight, self.lm_head.bias)
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
+from remoe.kernels.linear_cross_entropy import CHUNK_BYTES
 from remoe.model.config import ReMoEConfig, router_without_values
 from remoe.moe import RouterContext, build_router
 from remoe.moe.cells import share_cell
@@ -228,8 +229,8 @@ def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -
         kept = last_norm + 4 * config.num_layers * config.hidden_size + moe_layers * _routing_bytes(config)
         recomputed, kept_merged = max(dense, moe), merged
     rows = _row_bytes(config, workload, active_experts) if moe_layers else 0
-    of_tokens = workload.num_tokens * (kept + max(_loss_bytes(config, workload), recomputed + rows))
-    return of_tokens + kept_merged + merged  # the last: one layer's gradients of merged matrices
+    temporary = max(_loss_bytes(config, workload), workload.num_tokens * (recomputed + rows))
+    return workload.num_tokens * kept + temporary + kept_merged + merged  # the last: a layer's gradients of merged ones
 
 
 def _attention_bytes(config: ReMoEConfig, workload: Workload) -> int:
@@ -284,9 +285,11 @@ def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
 
 
 def _loss_bytes(config: ReMoEConfig, workload: Workload) -> int:
-    """A token's logits, their fp32 copy, log-probabilities and gradient."""
-    copy = 4 + workload.compute_bytes if workload.precision == "bf16" else 4
-    return _vocab_size(config) * (copy + 4 + 4)
+    """A chunk of the logits; the gradients of hidden states and head, the head's in fp32 and in the compute dtype."""
+    vocab_size, width = _vocab_size(config), workload.compute_bytes
+    logits = min(width * vocab_size * workload.num_tokens, CHUNK_BYTES)
+    head = (4 + width) * vocab_size * config.hidden_size
+    return logits + head + width * config.hidden_size * workload.num_tokens
 
 
 def _vocab_size(config: ReMoEConfig) -> int:

@@ -100,7 +100,7 @@ class LoopConfig:
     micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: its share of batch_size")
     precision: str = setting("fp32", "fp32, or bf16: autocast with fp32 weights")
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
-    compile: bool = setting(False, "torch.compile the model")
+    compile: bool = setting(False, "torch.compile model and losses, as one graph")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory")
     rows: str = setting(
         "auto", "rows of a layer: exact (waits for their number), capacity (by earlier steps); auto: capacity on a GPU"

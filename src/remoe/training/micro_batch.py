@@ -13,7 +13,7 @@ from remoe.moe.routing import Routing
 from remoe.training import router_hooks
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts, count
-from remoe.training.objective import Objective, lm_loss
+from remoe.training.objective import Objective
 from remoe.training.router_hooks import Observed
 
 Values = dict[str, Tensor]
@@ -74,11 +74,12 @@ class MicroBatchLoss:
     def __call__(self, batch: Batch, weighing: Weighing) -> Measured:
         """Forward and losses of a batch that is on the device."""
         with autocast(self.config.train.precision, self.device):
-            output = self.model(batch.tokens_BS, document_BS=attention_documents(batch, self.config))
+            documents_BS = attention_documents(batch, self.config)
+            output = self.model(batch.tokens_BS, document_BS=documents_BS, labels_BS=batch.labels_BS)
         routings = [routing for routing in output.routings if routing is not None]
         own_counts = count(routings)
         counts = own_counts and RoutingCounts(**self.ranks.total(own_counts._asdict()))
-        lm = lm_loss(output.logits, batch.labels_BS, weighing.num_labels)
+        lm = output.losses / weighing.num_labels  # micro-batches add up to the mean over the step's labels
         terms = self.objective.terms(routings, self._loads(counts, weighing), self._ranks_loads(counts))
         coef = self.objective.spare_starving(counts, weighing.coef)
         values = {"loss": lm + self.share * self.objective.penalties(terms, coef), "lm_loss": lm}

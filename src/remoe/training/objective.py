@@ -1,27 +1,17 @@
-"""The training objective of one micro-batch: language-model loss plus weighted auxiliary terms (ReMoE eq. 8-10)."""
+"""The auxiliary terms of a micro-batch beside its language-model loss, and how they are weighed (ReMoE eq. 8-10)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from remoe.data.sampler import NO_LABEL
 from remoe.moe import losses, stats
 from remoe.moe.revival import revival
 from remoe.moe.routing import Routing, count_tokens
 from remoe.training.config import LossConfig, SparsityConfig
 from remoe.training.counts import RoutingCounts
-
-
-def lm_loss(logits_BSV: Tensor, labels_BS: Tensor, num_labels: Tensor | int) -> Tensor:
-    """Summed cross-entropy over `num_labels`, the labels of the whole step: micro-batches add up to the step's mean."""
-    losses_sum = F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=NO_LABEL, reduction="sum"
-    )
-    return losses_sum / num_labels
 
 
 def experts_per_token(routing: Routing, loads_E: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         loop = self.config.train
-        self.micro_batch = own_micro_batch(self.ranks.size, loop.batch_size, loop.micro_batch_size)
+        self.micro_batch = own_micro_batch(self.ranks.data_size, loop.batch_size, loop.micro_batch_size)
         self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
         self.layers = [module for module in self.model.modules() if isinstance(module, MoE)]
         self.routers: list[Any] = [layer.router for layer in self.layers]
@@ -99,7 +99,8 @@ class Stepper:
     def _forward_backward(self, batch: Batch, coef: Tensor | None) -> Measured:
         if not self.model.training:
             self.model.train()
-        num_labels = max(1, self.ranks.total_number(int((batch.labels_BS != NO_LABEL).sum())))
+        own_labels = int((batch.labels_BS != NO_LABEL).sum())  # ranks that share sequences each count all of them
+        num_labels = max(1, self.ranks.total_number(own_labels) // self.ranks.sequence_size)
         labels = torch.full((), num_labels, dtype=torch.float32, device=self.device)
         weighing = Weighing(labels, coef, self.loads_LE, self.has_loads)
         whole: Measured | None = None
@@ -111,11 +112,11 @@ class Stepper:
         return whole
 
     def _build_loss(self) -> Callable[[Batch, Weighing], Measured]:
-        share = self.micro_batch / self.config.train.batch_size
+        share = self.micro_batch / (self.config.train.batch_size * self.ranks.sequence_size)
         loss = MicroBatchLoss(
             self.config, self.model, self.device, self.objective, self.routers, self.ranks, share
         )  # fmt: skip
-        return torch.compile(loss, fullgraph=True) if self.config.train.compile else loss
+        return compiled(loss) if self.config.train.compile else loss
 
     def _cancelled(self, is_bad: Tensor, overflow: Tensor | None) -> Tensor:
         """Whether the step must leave no trace: not finite, or void for want of rows, its own or an earlier step's."""
@@ -162,6 +163,12 @@ class Stepper:
         if self.loads_LE is not None:
             progress |= {"sparsity.loads": self.loads_LE, "sparsity.has_loads": self.has_loads}
         return model | optimizer | progress
+
+
+def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:
+    """Model and losses as one graph; each set of row capacities is one more, and torch would stop at its eighth."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(loss, fullgraph=True, dynamic=False)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remoe.data import Batch
@@ -56,9 +55,12 @@ def evaluate(
             document_BS = batch.document_BS if document_mask else None
             for way, total in totals.items():
                 with autocast(precision, device), evaluated_as(model, way):
-                    output = model(batch.tokens_BS, mask_BS, document_BS=document_BS)
+                    output = model(
+                        batch.tokens_BS, mask_BS, document_BS=document_BS, labels_BS=batch.labels_BS, reduction="none"
+                    )
                 if is_own:
-                    total.add(output.logits, batch, [routing for routing in output.routings if routing is not None])
+                    own = Batch(*(values[:, ranks.columns(values.shape[1])] for values in batch))
+                    total.add(output.losses, own, [routing for routing in output.routings if routing is not None])
     for total in totals.values():
         total.add_over(ranks)
     others = {way: total.result(domains) for way, total in totals.items() if way is not None}
@@ -83,9 +85,8 @@ class _Sums:
         self.active = torch.zeros((), dtype=torch.int64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, logits_BSV: Tensor, batch: Batch, routings: Sequence[Routing]) -> None:
-        labels_T = batch.labels_BS.flatten()
-        losses_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=NO_LABEL, reduction="none")
+    def add(self, losses_BS: Tensor, batch: Batch, routings: Sequence[Routing]) -> None:
+        labels_T, losses_T = batch.labels_BS.flatten(), losses_BS.flatten()
         member_DT = (batch.domain_BS.flatten() == self.domain_D1) & (labels_T != NO_LABEL)
         self.losses_D += torch.where(member_DT, losses_T.to(torch.float64), 0.0).sum(1)
         self.labels_D += member_DT.sum(1)
