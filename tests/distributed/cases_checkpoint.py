@@ -19,7 +19,15 @@ from remoe.training.config import OptimizerConfig
 from remoe.training.optimizer import build_optimizer, optimizer_tensors
 from remoe.training.step import model_tensors
 
-SIZES = {"hidden_size": 12, "num_heads": 2, "num_layers": 2, "intermediate_size": 8, "num_experts": 4}
+SIZES = {
+    "hidden_size": 12,
+    "num_heads": 4,
+    "head_size": 4,
+    "num_kv_heads": 2,
+    "num_layers": 2,
+    "intermediate_size": 8,
+    "num_experts": 4,
+}
 """Sizes of which some are no multiple of the number of ranks."""
 
 
@@ -53,8 +61,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-LAYOUTS: dict[str, dict[str, int]] = {"shards": {}, "experts": {"expert": 2}, "copies": {"data_replicate": 2}}
-WITH_FOUR = {"copies with experts": {"data_replicate": 2, "expert": 2}, "all experts": {"expert": 4}}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "shards": {},
+    "experts": {"expert": 2},
+    "copies": {"data_replicate": 2},
+    "heads": {"tensor": 2},
+}
+WITH_FOUR = {
+    "copies with experts": {"data_replicate": 2, "expert": 2},
+    "all experts": {"expert": 4},
+    "heads with experts": {"tensor": 2, "expert": 4},
+}
 
 
 def layouts() -> dict[str, dict[str, int]]:

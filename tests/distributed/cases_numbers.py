@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from remoe.config import from_dict
 from remoe.data import Batch
 from remoe.distributed import launch
-from remoe.distributed.config import resolve_parallel
+from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.world import world_size
 from remoe.model import ReMoEForCausalLM
@@ -26,13 +27,20 @@ DEVICE = launch.local_device(torch.device(os.environ.get("DEVICE", "cpu")))
 ROUTERS = ("relu", "topk", "recurrent_relu")
 STAGES = {"dense": 2, "sparser": 26, "sparse": 60}
 """Steps after which a state is taken: before the L1 term acts, while it thins the experts out, at the target."""
-TWO = {"shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2}}
+TWO = {
+    "shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2},
+    "context": {"context": 2}, "tensor": {"tensor": 2}, "context with experts": {"context": 2, "expert": 2},
+}  # fmt: skip
 FOUR = {
     "shards": {},
     "copies": {"data_replicate": 2},
     "experts": {"expert": 4},
     "experts and shards": {"expert": 2},
     "copies with experts": {"data_replicate": 2, "expert": 2},
+    "context": {"context": 2},
+    "tensor": {"tensor": 2},
+    "tensor with experts": {"tensor": 2, "expert": 4},
+    "copies with context": {"data_replicate": 2, "context": 2},
 }
 
 
@@ -44,7 +52,7 @@ def layouts() -> dict[str, dict[str, Any]]:
 def config(router: str, **changes: Any) -> TrainConfig:
     """A run whose coefficient doubles each step, so that all three stages pass in 60."""
     model = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1,
+        "vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
         "intermediate_size": 16, "num_experts": 4, "init_std": 0.15, "router": router,
     }  # fmt: skip
     sections = {
@@ -142,26 +150,42 @@ def compare(found: Stepper, expected: Stepper, step: int) -> dict[str, Any]:
     }
 
 
-def cases() -> Iterable[tuple[str, str, dict[str, Any], bool]]:
-    """Router, layout and activation checkpointing; not every combination, but every pair of a router and a layout
-    that differ in what they send.
-    """
-    for router in ROUTERS:
-        for name, parallel in layouts().items():
-            is_main = name in ("shards", "experts", "experts and shards")
-            if is_main or router != "topk":
-                yield router, name, parallel, False
-            if is_main and world_size() == 2:
-                yield router, name, parallel, True
+Case = tuple[str, str, bool]
+"""Router, layout and whether activations are recomputed."""
 
 
-def steps() -> dict[str, Any]:
+def all_cases() -> list[Case]:
+    """Every combination."""
+    return list(product(ROUTERS, layouts(), (False, True)))
+
+
+def some_cases() -> list[Case]:
+    """Every layout, and every router with what is most likely to go wrong."""
+    found = [("relu", name, False) for name in layouts()]
+    found += [
+        ("recurrent_relu", name, True) for name in layouts() if name in ("shards", "experts", "context", "tensor")
+    ]
+    return [*found, ("topk", "shards", False), ("topk", "experts", False)]
+
+
+def some_steps() -> dict[str, Any]:
+    """One step from each stage for some cases."""
+    return steps(some_cases())
+
+
+def all_steps() -> dict[str, Any]:
+    """The same for all."""
+    return steps(all_cases())
+
+
+def steps(cases: Iterable[Case]) -> dict[str, Any]:
     """One step from each stage for each case, in two micro-batches."""
     found = {}
-    for router, name, parallel, is_recomputed in cases():
+    for router, name, is_recomputed in cases:
+        parallel = layouts()[name]
         loop = {"activation_checkpointing": is_recomputed}
         one = config(router, train=loop | {"micro_batch_size": ROWS // 2})
-        own = ROWS // 2 // world_size()
+        own = ROWS // 2 // resolve_parallel(from_dict(ParallelConfig, parallel), world_size()).data_ranks
         many = config(router, train=loop | {"micro_batch_size": own}, parallel=parallel)
         expected, ours = alone(one), together(many)
         for stage, state in states(router).items():
@@ -244,6 +268,11 @@ def void() -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    "steps": steps, "averaged": averaged, "runs": runs, "coefficients": coefficients, "poisoned": poisoned,
+    "some_steps": some_steps,
+    "all_steps": all_steps,
+    "averaged": averaged,
+    "runs": runs,
+    "coefficients": coefficients,
+    "poisoned": poisoned,
     "void": void,
-}  # fmt: skip
+}

@@ -34,11 +34,12 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result
     """`results_of(2, "case", …)`: what each case of worker.py returned on two processes, started once."""
     done: dict[tuple[Any, ...], Results] = {}
 
-    def run(num_processes: int, *cases: str) -> Results:
+    def run(num_processes: int, *cases: str, timeout: float = 60) -> Results:
         key = (num_processes, *cases)
         if key not in done:
             output = tmp_path_factory.mktemp("worker") / "results.json"
-            finished = torchrun(num_processes, str(WORKER), str(output), *cases, FOLDER=str(output.parent))
+            command = (str(WORKER), str(output), *cases)
+            finished = torchrun(num_processes, *command, timeout=timeout, FOLDER=str(output.parent))
             assert finished.returncode == 0, finished.stderr[-4000:]
             done[key] = json.loads(output.read_text())
         return done[key]

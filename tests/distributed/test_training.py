@@ -68,6 +68,26 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
     assert_close(Run.open(tmp_path / "one" / "small").metrics()[6:], whole[6:])
 
 
+@pytest.mark.parametrize("key", ["tensor", "context"])
+def test_ranks_that_share_sequences_train_and_validate_as_one_process(
+    config: Callable[..., TrainConfig], tmp_path: Path, key: str  # noqa: F811
+):  # fmt: skip
+    settings = {"model": {"num_kv_heads": 2}, "data": {"document_mask": True}, "optimizer": CONSTANT}
+    one = train(config(**settings), root=tmp_path / "one")
+    path = write_config(tmp_path, config(**settings, parallel={key: 2}))
+    finished = remoe_train(2, path, tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr
+    two = Run.open(tmp_path / "two" / "small").metrics()
+    assert_close(two, one.metrics())
+    flips = [
+        (ours["flip_rate"], theirs["flip_rate"])
+        for ours, theirs in zip(two, one.metrics(), strict=True)
+        if "flip_rate" in theirs
+    ]
+    assert flips
+    assert all(ours == pytest.approx(theirs, abs=1e-3) for ours, theirs in flips)
+
+
 def test_the_same_layout_gives_the_same_bits_and_goes_on_with_them(
     config: Callable[..., TrainConfig], numbers: Callable[..., Any], tmp_path: Path  # noqa: F811
 ):  # fmt: skip
@@ -102,7 +122,7 @@ def test_sigterm_ends_all_processes_after_a_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["parallel.data_shard=4"], "parallel.data_replicate * data_shard is 1 * 4 = 4, must be the number of"),
+        (["parallel.data_shard=4"], "parallel.data_replicate is 1, times data_shard = 4 it must be the number of"),
         (["train.batch_size=3"], "train.batch_size is 3, must be a multiple of the 2 data ranks"),
         (["model.router=lory", "parallel.expert=2"], "parallel.expert is 2, must be 1 for a router that merges"),
     ],

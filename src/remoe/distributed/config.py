@@ -1,30 +1,36 @@
 """The `parallel:` section: how the processes of one run share its model and its data."""
 
+import math
 from dataclasses import replace
 
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
+from remoe.model.config import ReMoEConfig
 
-NOT_YET = ("tensor", "pipeline", "context")
+NOT_YET = ("pipeline",)
 """Sizes that the section has and that must be 1: there is no code behind them yet."""
+WHOLE_SEQUENCES = ("lory",)
+"""Routers that look at a whole sequence, so that ranks cannot share its tokens."""
 
 
 @config_class
 class ParallelConfig:
-    """data_replicate * data_shard processes (torchrun's world size), each with its own rows of every batch."""
+    """data_replicate * data_shard * tensor * context processes: torchrun's world size. Ranks of the first two have rows
+    of their own of every batch, those of the last two share the tokens of a sequence.
+    """
 
     data_replicate: int = setting(1, "copies of the model (HSDP); 1: no copies")
     data_shard: int | str = setting("auto", "ranks that share the parameters of one copy (FSDP2); auto: all there are")
-    expert: int = setting(1, "ranks that share the experts of one layer; borrowed from data_shard")
-    tensor: int = setting(1, "must be 1 for now")
+    expert: int = setting(1, "ranks that share the experts of one layer; borrowed from the others")
+    tensor: int = setting(1, "ranks that share attention's weights, by heads, and the tokens of a sequence elsewhere")
     pipeline: int = setting(1, "must be 1 for now")
-    context: int = setting(1, "must be 1 for now")
+    context: int = setting(1, "ranks that share the tokens of a sequence, for long ones")
     reshard: bool = setting(True, "let go of gathered parameters after the forward pass, and gather them again")
     reduce: str = setting("fp32", "what gradients are summed over ranks in: fp32 or bf16")
     timeout: float = setting(600.0, "seconds after which a rank that others wait for ends the run")
 
     def __post_init__(self) -> None:
-        for key in ("data_replicate", "expert", *NOT_YET):
+        for key in ("data_replicate", "expert", "tensor", "context", *NOT_YET):
             check_range(f"parallel.{key}", getattr(self, key), 1)
         if self.data_shard != "auto":
             if isinstance(self.data_shard, str):
@@ -37,8 +43,13 @@ class ParallelConfig:
             if getattr(self, key) != 1:
                 raise ConfigError(
                     f"parallel.{key} is {getattr(self, key)}, must be 1: this version shares work over "
-                    "parallel.data_replicate, data_shard and expert only"
+                    "parallel.data_replicate, data_shard, expert, tensor and context only"
                 )
+        if self.tensor > 1 and self.context > 1:
+            raise ConfigError(
+                f"parallel.tensor is {self.tensor} and parallel.context is {self.context}, one of them must be 1: both "
+                "share the tokens of a sequence"
+            )
 
     @property
     def shards(self) -> int:
@@ -51,27 +62,39 @@ class ParallelConfig:
         """Ranks with rows of their own: data_replicate * data_shard."""
         return self.data_replicate * self.shards
 
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share the tokens of each sequence."""
+        return self.tensor * self.context
+
+    @property
+    def shared_by(self) -> int:
+        """Ranks that share the parameters of one copy: all have different tokens."""
+        return self.shards * self.sequence_ranks
+
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
     """The section with `data_shard: auto` filled in. ConfigError where its sizes and the processes do not fit."""
-    copies = parallel.data_replicate
+    others = {key: getattr(parallel, key) for key in ("data_replicate", "tensor", "context")}
+    others = {key: size for key, size in others.items() if size > 1 or key == "data_replicate"}
+    product = math.prod(others.values())
+    named = f"parallel.{' * '.join(others)} is {' * '.join(map(str, others.values()))}"
     if parallel.data_shard == "auto":
-        if world_size % copies:
+        if world_size % product:
             raise ConfigError(
-                f"parallel.data_replicate is {copies}, must divide the number of processes, which is {world_size}; "
-                "change it, or --nproc-per-node of torchrun"
+                f"{named}, must divide the number of processes, which is {world_size}; change it, or --nproc-per-node "
+                "of torchrun"
             )
-        parallel = replace(parallel, data_shard=world_size // copies)
-    if parallel.data_ranks != world_size:
+        parallel = replace(parallel, data_shard=world_size // product)
+    if product * parallel.shards != world_size:
         raise ConfigError(
-            f"parallel.data_replicate * data_shard is {copies} * {parallel.shards} = {parallel.data_ranks}, must be "
-            f"the number of processes, which is {world_size}; set parallel.data_shard to auto, or start torchrun with "
-            f"--nproc-per-node {parallel.data_ranks}"
+            f"{named}, times data_shard = {parallel.shards} it must be the number of processes, which is {world_size}; "
+            f"set parallel.data_shard to auto, or start torchrun with --nproc-per-node {product * parallel.shards}"
         )
-    if parallel.shards % parallel.expert:
+    if parallel.shared_by % parallel.expert:
         raise ConfigError(
-            f"parallel.expert is {parallel.expert}, must divide parallel.data_shard = {parallel.shards}, whose ranks "
-            "it borrows"
+            f"parallel.expert is {parallel.expert}, must divide data_shard * tensor * context = {parallel.shared_by}, "
+            "whose ranks it borrows"
         )
     return parallel
 
@@ -104,3 +127,22 @@ def own_micro_batch(ranks: int, batch_size: int, micro_batch_size: int | None) -
             f"{batch_size} / {ranks} = {own}"
         )
     return micro_batch_size or own
+
+
+def check_sequence(parallel: ParallelConfig, model: ReMoEConfig, sequence_length: int) -> None:
+    """ConfigError where the ranks of `tensor` or `context` cannot share this model's sequences."""
+    ranks, key = parallel.sequence_ranks, "tensor" if parallel.tensor > 1 else "context"
+    if ranks == 1:
+        return
+    if sequence_length % ranks:
+        raise ConfigError(f"parallel.{key} is {ranks}, must divide data.sequence_length = {sequence_length}")
+    if model.num_heads % ranks or model.kv_heads % ranks:
+        raise ConfigError(
+            f"parallel.{key} is {ranks}, must divide model.num_heads = {model.num_heads} and model.num_kv_heads = "
+            f"{model.kv_heads}: each rank attends with some heads"
+        )
+    if model.is_post_norm:
+        raise ConfigError(f"parallel.{key} is {ranks}, must be 1 with model.block post_norm")
+    name, options = model.moe.router_name, model.moe.router_options
+    if model.num_moe_layers and (name in WHOLE_SEQUENCES or options.get("passing") == "shuffle"):
+        raise ConfigError(f"parallel.{key} is {ranks}, must be 1 with router {name!r}, which looks at whole sequences")

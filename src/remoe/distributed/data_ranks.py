@@ -24,16 +24,22 @@ class DataRanks(Ranks):
         self.parallel = parallel
         self.meshes = Meshes.build(parallel, device)
         self.index = dist.get_rank()
-        self.size = parallel.data_ranks
+        self.data_size, self.sequence_size = parallel.data_ranks, parallel.sequence_ranks
+        self.size = self.data_size * self.sequence_size
+        self.data_index, self.sequence_index = divmod(self.index, self.sequence_size)
 
     def place(self, model: nn.Module, device: torch.device, param_dtype: torch.dtype | None) -> None:
         shard_model(model, self.meshes, self.parallel, param_dtype)
 
+    def columns(self, length: int) -> slice:
+        own = length // self.sequence_size
+        return slice(self.sequence_index * own, (self.sequence_index + 1) * own)
+
     def rows(self, batch_size: int, micro_batch: int) -> list[slice]:
-        """Micro-batch i of all ranks together is rows i*n*m to (i+1)*n*m: those of one process with micro-batches of
-        n*m rows.
+        """Micro-batch i of all n data ranks together is rows i*n*m to (i+1)*n*m: those of one process with
+        micro-batches of n*m rows.
         """
-        first, stride = self.index * micro_batch, self.size * micro_batch
+        first, stride = self.data_index * micro_batch, self.data_size * micro_batch
         return [slice(start + first, start + first + micro_batch) for start in range(0, batch_size, stride)]
 
     def seed_step(self, seed: int, step: int) -> None:
@@ -46,6 +52,9 @@ class DataRanks(Ranks):
             summed |= _total({name: value for name, value in values.items() if value.dtype == dtype})
         return {name: summed[name] for name in values}
 
+    def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        return self.total({name: value / self.size for name, value in values.items()})
+
     def total_number(self, number: int) -> int:
         return _on_host(number, dist.ReduceOp.SUM)
 
@@ -54,9 +63,9 @@ class DataRanks(Ranks):
 
     def share_out(self, batches: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
         remaining = iter(batches)
-        while turn := list(islice(remaining, self.size)):
-            has_own = self.index < len(turn)
-            yield turn[self.index if has_own else -1], has_own
+        while turn := list(islice(remaining, self.data_size)):
+            has_own = self.data_index < len(turn)
+            yield turn[self.data_index if has_own else -1], has_own
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
         return clip_shared_gradients(model.parameters(), max_norm, self.parallel.data_replicate)

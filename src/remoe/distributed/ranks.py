@@ -12,10 +12,13 @@ Item = TypeVar("Item")
 
 
 class Ranks:
-    """One process with all the data. `size` counts data ranks, `index` is this one's number, from 0."""
+    """One process with all the data. `size` counts all ranks, `index` is this one's number, from 0."""
 
     index = 0
     size = 1
+    data_size = 1
+    """Ranks with different rows of a batch; the others share the tokens of a sequence."""
+    sequence_size = 1
 
     @property
     def is_first(self) -> bool:
@@ -26,6 +29,10 @@ class Ranks:
         """Put the model where it is trained; `param_dtype` is what large matrices compute in, None: as they are."""
         model.to(device)
 
+    def columns(self, length: int) -> slice:
+        """This rank's tokens of a sequence of this length."""
+        return slice(0, length)
+
     def rows(self, batch_size: int, micro_batch: int) -> list[slice]:
         """This rank's rows of a batch, one slice a micro-batch."""
         return [slice(first, first + micro_batch) for first in range(0, batch_size, micro_batch)]
@@ -35,6 +42,10 @@ class Ranks:
 
     def total(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The sums over ranks of device values, each in its own dtype: counts stay integers."""
+        return dict(values)
+
+    def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """The means over ranks of device values."""
         return dict(values)
 
     def total_number(self, number: int) -> int:

@@ -129,13 +129,13 @@ def _heads_to_tokens(mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gather(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    everyone = hidden.new_empty((group.size(), *hidden.shape))
+    everyone = hidden.new_empty((group.size() * hidden.shape[0], *hidden.shape[1:]))
     dist.all_gather_into_tensor(everyone, hidden.contiguous(), group=group)
-    return torch.cat(everyone.unbind(), dim=1)
+    return torch.cat(everyone.chunk(group.size()), dim=1)
 
 
 def _scatter_sum(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    by_rank = torch.stack(hidden.chunk(group.size(), dim=1))
-    own = torch.empty_like(by_rank[0])
+    by_rank = torch.cat(hidden.chunk(group.size(), dim=1))  # [s*B, S/s, H]
+    own = by_rank.new_empty((hidden.shape[0], *by_rank.shape[1:]))
     dist.reduce_scatter_tensor(own, by_rank, group=group)
     return own

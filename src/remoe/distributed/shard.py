@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor, Shard
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.expert_parallel import share_experts
 from remoe.distributed.mesh import Meshes
+from remoe.distributed.sequence_parallel import ContextParallel, TensorParallel, share_heads
 from remoe.errors import ConfigError
+from remoe.model.sequence import WHOLE, WholeSequence
 from remoe.moe import MoE
 
 REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,8 +35,11 @@ def shard_model(
     """
     units = Units(parallel, param_dtype)
     inner: list[FSDPModule] = []
-    for layer in model.model.layers:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
-        inner += [units.add(layer.self_attn, meshes.data), units.add(*_mlp(layer.mlp, meshes))]
+    decoder: Any = model.model
+    decoder.sequence = _sequence(meshes, parallel)
+    for layer in decoder.layers:
+        layer.self_attn.sequence = decoder.sequence
+        inner += [units.add(*_attention(layer.self_attn, meshes)), units.add(*_mlp(layer.mlp, meshes))]
     for unit, following in pairwise(inner):  # else a layer that waits for its rows would hold up the next gather
         unit.set_modules_to_forward_prefetch([following])
     units.param_dtype = None
@@ -63,6 +68,20 @@ class Units:
         return unit
 
 
+def _sequence(meshes: Meshes, parallel: ParallelConfig) -> WholeSequence:
+    if meshes.sequence is None:
+        return WHOLE
+    group = meshes.sequence.get_group()
+    return TensorParallel(group) if parallel.tensor > 1 else ContextParallel(group)
+
+
+def _attention(attention: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:
+    if meshes.sequence is None or meshes.heads_data is None:
+        return attention, meshes.data
+    share_heads(attention, meshes.sequence)
+    return attention, meshes.heads_data
+
+
 def _mlp(mlp: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:
     if not isinstance(mlp, MoE):
         return mlp, meshes.data
@@ -73,21 +92,23 @@ def _mlp(mlp: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:
 
 
 def shard_dim_on(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
-    """Where a parameter is cut: the first dimension, or where its rows (experts) do not suit the ranks, a later one."""
+    """Where a parameter is cut: the first dimension, or a later one that suits the number of ranks better.
+
+    Experts are cut within if their number is no multiple of it. A dimension that is cut already is left alone.
+    """
     ranks = mesh.size(-1)
 
     def dim(parameter: nn.Parameter) -> Shard:
-        is_shared = isinstance(parameter, DTensor)  # its first dimension is cut over the expert ranks already
-        if not is_shared and (parameter.ndim < 3 or parameter.shape[0] % ranks == 0):
-            return Shard(0)
-        even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % ranks == 0]
+        taken = [place.dim for place in parameter.placements] if isinstance(parameter, DTensor) else []  # pyright: ignore
+        free = [dim for dim in range(parameter.ndim) if dim not in taken]
+        even = [dim for dim in free if parameter.shape[dim] % ranks == 0]
+        if 0 in free and (parameter.ndim < 3 or 0 in even or not even):
+            return Shard(0)  # torch can cut only the first dimension unevenly
         if even:
             return Shard(even[0])
-        if not is_shared:
-            return Shard(0)
         raise ConfigError(
-            f"experts of shape {list(parameter.shape)} cannot be shared by the {ranks} ranks that have the same ones: "
-            "no dimension after the first is a multiple of that; change parallel.expert or parallel.data_shard"
+            f"a parameter of shape {list(parameter.shape)} cannot be shared by {ranks} more ranks, which must divide "
+            "one of its dimensions after the first; change the sizes of parallel"
         )
 
     return dim

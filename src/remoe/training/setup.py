@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from remoe.data import Tokenizer
-from remoe.distributed.config import ParallelConfig, check_experts, own_micro_batch, resolve_parallel
+from remoe.distributed.config import ParallelConfig, check_experts, check_sequence, own_micro_batch, resolve_parallel
 from remoe.errors import ConfigError
 from remoe.moe.routers import router_class
 from remoe.training.config import TrainConfig
@@ -36,7 +36,8 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
     kind = getattr(router_class(moe.router_name), "experts", "grouped")
     check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
     own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size)
-    if parallel.data_ranks > 1 and loop.compile:
+    check_sequence(parallel, config.model, config.data.sequence_length)
+    if world_size > 1 and loop.compile:
         raise ConfigError("train.compile is true, must be false with more than one process for now")
     return parallel
 

@@ -159,7 +159,7 @@ class Trainer:
             self.flips.before_step()
         values = self.stepper.run(batch, step)
         with self.recorder.paused():
-            return values | self.flips.after_step()
+            return values | self.ranks.average(self.flips.after_step())
 
     def _due(self, step: int) -> Due:
         loop = self.config.train
