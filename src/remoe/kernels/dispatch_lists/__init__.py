@@ -37,8 +37,9 @@ def _(routing_map_TE: Tensor, capacity: int | None = None) -> Lists:
 @dispatch_lists.register_fake
 def _(routing_map_TE: Tensor, capacity: int | None = None) -> Lists:
     num_tokens, num_experts = routing_map_TE.shape
-    is_exact = capacity is None or routing_map_TE.device.type != "cuda"
-    num_rows = cast(int, torch.library.get_ctx().new_dynamic_size()) if is_exact else capacity
+    if capacity is None or routing_map_TE.device.type != "cuda":
+        capacity = cast(int, torch.library.get_ctx().new_dynamic_size())
+    num_rows = capacity
 
     def empty(*shape: int) -> Tensor:
         return routing_map_TE.new_empty(shape, dtype=torch.int64)

@@ -1,7 +1,8 @@
-"""The lists in three small kernels: count, scan, write. No sort, no atomics; the length is the only thing waited for."""
+"""The lists in three small kernels: count, scan, write. No sort, no atomics; only the length is waited for."""
 
-# pyright: basic
-# (triton has no types)
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (triton's kernels have no types, and it is an extra)
 
 import torch
 import triton

@@ -51,7 +51,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows = token_N.shape[0]
     is_chunked = row_cap > 0 and backends.pick(backend, hidden_TH).CHUNKS
-    if is_chunked and isinstance(num_rows, int):
+    is_known = isinstance(num_rows, int)  # pyright: ignore[reportUnnecessaryIsInstance]  (else a symbol of the tracer)
+    if is_chunked and is_known:
         num_rows = num_rows if num_rows <= row_cap else 0
     elif is_chunked:  # which of the two is known only once the rows are
         num_rows = cast(int, torch.library.get_ctx().new_dynamic_size())

@@ -4,8 +4,9 @@ Rows beyond what fits at once are worked off in chunks of the expert-sorted list
 but its inputs, and the backward pass computes a chunk's pre-activations again.
 """
 
-# pyright: basic
-# (triton has no types)
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (triton's kernels have no types, and it is an extra)
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -185,8 +186,8 @@ def _swiglu(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor, u
     tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
     num_m = tile_map.shape[1]
     matmul.swiglu_fwd_kernel[(num_m * num_n,)](
-        x.tensor, x.blocks(tiles.m, tiles.k), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map, up_N2F, act_NF,
-        call.hidden_size, call.expert_size, num_m, num_n,
+        x.tensor, x.blocks(tiles.m, tiles.k), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map,
+        up_N2F, act_NF, call.hidden_size, call.expert_size, num_m, num_n,
         GATHER=x.is_gathered, **tiles.constants(up_N2F.dtype),
     )  # fmt: skip
     return act_NF
@@ -283,6 +284,6 @@ def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weigh
     block_h = min(1024, triton.next_power_of_2(call.hidden_size))
     block_s = max(1, min(8, triton.next_power_of_2(call.num_rows // max(1, num_tokens))))
     rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, block_h))](
-        rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size, chunk.first, chunk.size,
-        BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=weighted, ADD=add,
+        rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size,
+        chunk.first, chunk.size, BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=weighted, ADD=add,
     )  # fmt: skip

@@ -5,8 +5,9 @@ Every kernel walks a tile map (rows_kernels.tile_map): tile m holds rows first[m
 count from the first row of the chunk at hand. Products accumulate in fp32.
 """
 
-# pyright: basic
-# (triton has no types)
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (triton's kernels have no types, and it is an extra)
 
 import triton
 import triton.language as tl
@@ -99,7 +100,8 @@ def rows_matmul_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr, right_ptr, left_desc, right_desc, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows, num_m, num_n,
+    left_ptr, right_ptr, left_desc, right_desc, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows,
+    num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -120,7 +120,7 @@ def words_of(sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
 
 
 @contextmanager
-def forced(part: str, choice: str) -> Iterator[None]:
+def forced(part: str, choice: str) -> Generator[None]:
     """Inside, the op runs `part` with this choice."""
     before = _forced.get(part)
     _forced[part] = choice

@@ -43,8 +43,10 @@ def forced(part: str, choice: str) -> AbstractContextManager[None]:
 def save(rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
     """Write the table that the op reads; rows of other shapes that are in it stay."""
     path = path or TABLE
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    new = [{"shape": row["shape"], "sizes": _sizes(row["sizes"])._asdict(), "choices": row["best"]} for row in rows]
+    kept: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    new: list[dict[str, Any]] = [
+        {"shape": row["shape"], "sizes": _sizes(row["sizes"])._asdict(), "choices": row["best"]} for row in rows
+    ]
     names = {row["shape"] for row in new}
     table = {"device": rows[0]["device"], "rows": [row for row in kept if row["shape"] not in names] + new}
     path.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,78 @@
+"""Runs the Triton kernels in Triton's interpreter beside the plain path; prints the largest error of each case as JSON.
+
+A program of its own: the interpreter is chosen before triton is first imported. It multiplies bf16 wrongly (seen with
+3.6 and 3.7), so the cases are fp32 and fp16.
+"""
+
+import json
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import itertools
+
+import torch
+
+from remoe.kernels.dispatch_lists import reference
+from remoe.kernels.dispatch_lists.kernel import dispatch_lists_triton
+from remoe.kernels.expert_mlp import fused, per_expert
+from remoe.kernels.expert_mlp.tiles import Choices, Tiles
+
+SHAPES = [(1, 1, 8, 8), (7, 3, 8, 16), (40, 8, 24, 48)]  # tokens, experts, hidden, ffn
+CHOICES = {
+    "gathered": Choices(*[Tiles(16, 32, 32, 4, 2)] * 6, copies_rows=False),
+    "copied": Choices(*[Tiles(32, 16, 16, 4, 2)] * 6, copies_rows=True),
+}
+ROWS = {"exact": (0, 0), "roomy": (5, 0), "chunked": (9, 24)}  # rows without a pair, row cap
+
+
+def problem(shape, density, dtype):
+    tokens, experts, hidden, ffn = shape
+    generator = torch.Generator().manual_seed(tokens)
+    routing_map = torch.rand(tokens, experts, generator=generator) < density
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    weights = torch.rand(tokens, experts, generator=generator) * routing_map
+    matrices = (draw(experts, 2 * ffn, hidden) * 0.3, draw(experts, hidden, ffn) * 0.3)
+    return routing_map, (draw(tokens, hidden), weights, *matrices), draw(tokens, hidden)
+
+
+def passes(path, tensors, grad_out, lists, *row_cap):
+    out, kept = path.forward(*tensors, lists, *row_cap)
+    return out, *path.backward(grad_out, kept, *tensors, lists, *row_cap)
+
+
+def largest_error(shape, density, dtype, rows):
+    routing_map, tensors, grad_out = problem(shape, density, dtype)
+    slack, row_cap = rows
+    lists = dispatch_lists_triton(routing_map, int(routing_map.sum()) + slack)[:5]
+    actual = passes(fused, tensors, grad_out, lists, row_cap)
+    exact = tuple(tensor.double() for tensor in tensors)
+    expected = passes(per_expert, exact, grad_out.double(), reference.dispatch_lists(routing_map)[:5])
+    return max(
+        float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(actual, expected, strict=True)
+    )
+
+
+def lists_agree(tokens, experts, density):
+    routing_map = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)) < density
+    pairs = zip(reference.dispatch_lists(routing_map), dispatch_lists_triton(routing_map, None), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def main():
+    errors = {}
+    for (name, choices), dtype in itertools.product(CHOICES.items(), (torch.float32, torch.float16)):
+        fused.choose = lambda *_, choices=choices: choices
+        for shape, density, rows in itertools.product(SHAPES, (0.0, 0.4, 1.0), ROWS):
+            case = f"{name} {dtype} {shape} {density} {rows}"
+            errors[case] = largest_error(shape, density, dtype, ROWS[rows])
+    sizes = [(0, 4), (1, 1), (5, 3), (33, 1), (300, 64), (700, 8)]
+    lists = {f"{size} {d}": lists_agree(*size, d) for size, d in itertools.product(sizes, (0.0, 0.3, 1.0))}
+    print(json.dumps({"errors": errors, "lists": lists}))
+
+
+if __name__ == "__main__":
+    main()

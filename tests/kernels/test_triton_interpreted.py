@@ -1,0 +1,35 @@
+"""The Triton kernels on a CPU, in Triton's interpreter, beside the plain path in float64."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton (remoe[triton])")
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    program = Path(__file__).with_name("interpreted.py")
+    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def test_every_output_and_gradient_is_that_of_the_plain_path(found):
+    limits = {"float32": 1e-5, "float16": 4e-3}  # a few roundings of 2^-24 and 2^-11 over sums of up to 48
+    wrong = {
+        case: error
+        for case, error in found["errors"].items()
+        if not error < next(limit for name, limit in limits.items() if name in case)
+    }
+    assert len(found["errors"]) == 108
+    assert not wrong
+
+
+def test_the_lists_are_those_of_the_reference(found):
+    assert len(found["lists"]) == 18
+    assert all(found["lists"].values())
