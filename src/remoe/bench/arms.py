@@ -1,8 +1,11 @@
 """Models in training that take optimizer steps in turn."""
 
+# pyright: reportMissingImports=false  (transformers is an extra)
+
 import gc
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +61,11 @@ class OurArm:
         self._steps += 1
         return float(self.stepper.run(batch, self._steps)["lm_loss"])
 
+    def in_fp32(self) -> AbstractContextManager[None]:
+        """Let the model hold its fp32 weights inside, where its matrices are in bf16 otherwise."""
+        masters = self.stepper.masters
+        return nullcontext() if masters is None else masters.in_fp32()
+
     def _counts(self, batch: Batch) -> list[int]:
         """Active pairs of each layer's largest micro-batch. Top-K's are known, and need no step (nor its graph)."""
         moe, length = self.stepper.config.model.moe, self.stepper.config.data.sequence_length
@@ -82,6 +90,8 @@ def twin_stepper(config: TrainConfig, twin: ReMoEForCausalLM, first: Stepper) ->
         first.optimizer.add_param_group(group)
     first.optimizer.state.update(stepper.optimizer.state)
     stepper.optimizer = first.optimizer
+    if first.masters is not None:
+        stepper.masters, stepper.weights = first.masters, first.masters.named_parameters(twin)
     return stepper
 
 

@@ -241,7 +241,8 @@ def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
     """Where the step's loss differs from the eager model's in fp32, on one micro-batch."""
     part = Batch(*(values[: config.train.micro_batch] for values in arm.batches[0]))
     found = arm.loss_on(part)
-    wanted = _plain_loss(_native(arm), part, arm.stepper.device)
+    with arm.in_fp32():
+        wanted = _plain_loss(_native(arm), part, arm.stepper.device)
     if abs(found - wanted) <= LOSS_TOLERANCE * wanted:
         return []
     return [f"{arm.name}: the step's loss is {found:.5f}, the plain model's in fp32 {wanted:.5f}"]

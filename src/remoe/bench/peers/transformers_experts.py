@@ -1,5 +1,7 @@
 """transformers' Mixtral experts with its different implementations; variable counts are padded to the longest list."""
 
+# pyright: reportMissingImports=false  (transformers is an extra)
+
 from typing import Any
 
 import torch

@@ -1,9 +1,5 @@
 """The lists in three small kernels: count, scan, write. No sort, no atomics; only the length is waited for."""
 
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
-# (triton's kernels have no types, and it is an extra)
-
 import torch
 import triton
 import triton.language as tl

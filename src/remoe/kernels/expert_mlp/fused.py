@@ -4,10 +4,6 @@ Rows beyond what fits at once are worked off in chunks of the expert-sorted list
 but its inputs, and the backward pass computes a chunk's pre-activations again.
 """
 
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
-# (triton's kernels have no types, and it is an extra)
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

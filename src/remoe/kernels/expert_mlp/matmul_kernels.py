@@ -5,10 +5,6 @@ Every kernel walks a tile map (rows_kernels.tile_map): tile m holds rows first[m
 count from the first row of the chunk at hand. Products accumulate in fp32.
 """
 
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
-# (triton's kernels have no types, and it is an extra)
-
 import triton
 import triton.language as tl
 

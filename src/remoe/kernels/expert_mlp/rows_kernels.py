@@ -3,10 +3,6 @@
 All read the number of rows on the device; rows are counted from `first_row`, the first of the chunk at hand.
 """
 
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
-# (triton's kernels have no types, and it is an extra)
-
 import triton
 import triton.language as tl
 
