@@ -15,7 +15,7 @@ Results = dict[str, Any]
 
 
 def torchrun(
-    num_processes: int, *command: str, timeout: float = 60, **environment: str
+    num_processes: int, *command: str, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python COMMAND` on so many processes of this machine, one thread each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
@@ -34,7 +34,7 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result
     """`results_of(2, "case", …)`: what each case of worker.py returned on two processes, started once."""
     done: dict[tuple[Any, ...], Results] = {}
 
-    def run(num_processes: int, *cases: str, timeout: float = 60) -> Results:
+    def run(num_processes: int, *cases: str, timeout: float = 120) -> Results:
         key = (num_processes, *cases)
         if key not in done:
             output = tmp_path_factory.mktemp("worker") / "results.json"

@@ -34,6 +34,36 @@ def remoe_train(num_processes: int, path: str, root: Path, *more: str) -> subpro
     return torchrun(num_processes, "-m", "remoe", "train", path, "--root", str(root), "--no-report", *more)
 
 
+def start_training(num_processes: int, path: str, root: Path, *launcher: str) -> subprocess.Popen[str]:
+    """The same in the background, going on with what is there."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *launcher]
+    command += ["-m", "remoe", "train", path, "--root", str(root), "--no-report", "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(metrics: Path, steps: int) -> None:
+    deadline = time.monotonic() + 40
+    while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+        assert time.monotonic() < deadline, "training did not begin"
+        time.sleep(0.1)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of torchrun's children, by rank."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            variables = status.with_name("environ").read_bytes().split(b"\0") if parent == process.pid else []
+        except OSError:  # it has ended
+            continue
+        ranks = [int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = int(status.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Equal counts, and losses within rounding."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -104,19 +134,50 @@ def test_sigterm_ends_all_processes_after_a_checkpoint(
     config: Callable[..., TrainConfig], tmp_path: Path  # noqa: F811
 ):  # fmt: skip
     path = write_config(tmp_path, config(train={"steps": 100000, "checkpoint_interval": 100000, "flip_interval": 0}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "remoe", "train", path, "--root", str(tmp_path), "--no-report"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "small" / "metrics.jsonl", time.monotonic() + 30
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    process, metrics = start_training(2, path, tmp_path), tmp_path / "small" / "metrics.jsonl"
+    wait_for_steps(metrics, 3)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert errors.count("was stopped by SIGTERM after step") == 1
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert (tmp_path / "small" / "checkpoints" / f"step_{last:08d}").is_dir()
+
+
+def test_a_process_that_hangs_is_named(config: Callable[..., TrainConfig], tmp_path: Path):  # noqa: F811
+    settings = {"steps": 100000, "checkpoint_interval": 100000, "flip_interval": 0}
+    path = write_config(tmp_path, config(train=settings, parallel={"timeout": 3.0}))
+    process, metrics = start_training(2, path, tmp_path), tmp_path / "small" / "metrics.jsonl"
+    wait_for_steps(metrics, 3)
+    stopped = workers_of(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    said = ""
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            if line.startswith("remoe: "):
+                break
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert (said + rest).count("process 1 of 2 did not answer any more") == 1
+
+
+def test_a_run_whose_process_is_killed_goes_on_by_itself_with_the_same_bits(
+    config: Callable[..., TrainConfig], numbers: Callable[..., Any], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    path = write_config(tmp_path, config(train={"steps": 60, "checkpoint_interval": 3, "validation_interval": 60}))
+    whole = remoe_train(2, path, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = start_training(2, path, tmp_path / "killed", "--max-restarts", "2")
+    wait_for_steps(tmp_path / "killed" / "small" / "metrics.jsonl", 8)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-4000:]
+    killed, expected = (Run.open(tmp_path / name / "small").metrics() for name in ("killed", "whole"))
+    assert numbers(killed) == numbers(expected)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ class DataRanks(Ranks):
             has_own = self.data_index < len(turn)
             yield turn[self.data_index if has_own else -1], has_own
 
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
-        return clip_shared_gradients(model.parameters(), max_norm, self.parallel.data_replicate)
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        return clip_shared_gradients(parameters, max_norm, self.parallel.data_replicate)
 
     def on_first(self, action: Callable[[], Result]) -> Result:
         outcome: list[Any] = [None, None]

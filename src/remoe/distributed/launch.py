@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from remoe.distributed import faults
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import number, rank, world_size
@@ -35,7 +36,10 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Inside, the processes can talk: NCCL between GPUs, gloo between hosts. One process alone needs none of it."""
+    """Inside, the processes can talk: NCCL between GPUs, gloo between hosts. One process alone needs none of it.
+
+    Raises OneRankError or TrainingError, naming it, where a process hangs longer than the timeout or dies.
+    """
     if world_size() == 1 or dist.is_initialized():
         yield
         return
@@ -43,9 +47,11 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, store=_store(timeout), rank=rank(), world_size=world_size(), timeout=timeout)
+    store = _store(timeout)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
     try:
-        yield
+        with faults.named(store, timeout_seconds):
+            yield
     finally:
         dist.destroy_process_group()
         time.sleep(SETTLING_SECONDS)

@@ -62,9 +62,9 @@ class Ranks:
         """
         return ((batch, True) for batch in batches)
 
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their norm before that, 0-dim."""
-        parameters = [p for p in model.parameters() if p.grad is not None]
+        parameters = [p for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

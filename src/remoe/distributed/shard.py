@@ -5,6 +5,7 @@ not leave a unit: the losses read it first in the backward pass, which would gat
 small (embedding, norms, routers, the shared cell, the head) is in the root, in fp32, gathered once a step.
 """
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,8 @@ def shard_model(
 
     A gradient is then the sum over ranks, not the mean: each rank's loss is its share of the batch's.
     """
+    # FSDP warns of units whose output is a view, for in-place sums would lose its hook; the model has none
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
     units = Units(parallel, param_dtype)
     inner: list[FSDPModule] = []
     decoder: Any = model.model
