@@ -80,12 +80,15 @@ def test_a_twin_shares_every_parameter_but_the_routers(model):
     }
 
 
-def test_twins_share_the_optimizers_state_and_a_step_leaves_all_weights_alone(model, run_config):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twins_share_the_optimizers_state_and_a_step_leaves_all_weights_alone(model, run_config, precision):
+    run_config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, precision=precision))
     batches = [random_batch(run_config.model, 4, 64, seed=0)]
     relu = OurArm("relu", stepper_of(run_config, model, CPU), batches)
     twin = twin_with_router(model, "topk")
     topk_config = dataclasses.replace(run_config, model=twin.config)
     topk = OurArm("topk", twin_stepper(topk_config, twin, relu.stepper), batches)
+    assert all(weight.dtype == torch.float32 for weight in topk.stepper.weights.values())
     before = [parameter.detach().clone() for parameter in [*model.parameters(), *twin.parameters()]]
     for arm in (relu, topk, relu):
         assert math.isfinite(arm.step()["loss"])

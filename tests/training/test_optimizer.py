@@ -12,6 +12,10 @@ def small_model() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(5, 3), nn.RMSNorm(3), nn.Linear(3, 2))
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    return optimizer_tensors(dict(model.named_parameters()), optimizer)
+
+
 def set_gradients(model: nn.Module, value: float) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
@@ -19,20 +23,20 @@ def set_gradients(model: nn.Module, value: float) -> None:
 
 def test_matrices_and_embeddings_decay_and_norms_and_biases_do_not():
     model = small_model()
-    groups = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    groups = build_optimizer(model.parameters(), OptimizerConfig(weight_decay=0.3)).param_groups
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert [decay[id(parameter)] for parameter in model.parameters()] == [0.3, 0.0, 0.3, 0.0]
 
 
 def test_a_skipped_step_changes_neither_weights_nor_state():
     model = small_model()
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_optimizer(model.parameters(), OptimizerConfig())
     set_gradients(model, 0.1)
     optimizer_step(optimizer, 0.1, torch.tensor(False))
-    before = [value.clone() for value in (*model.parameters(), *optimizer_tensors(model, optimizer).values())]
+    before = [value.clone() for value in (*model.parameters(), *state_of(model, optimizer).values())]
     set_gradients(model, float("nan"))
     optimizer_step(optimizer, 0.1, torch.tensor(True))
-    after = [*model.parameters(), *optimizer_tensors(model, optimizer).values()]
+    after = [*model.parameters(), *state_of(model, optimizer).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -40,7 +44,7 @@ def test_steps_after_a_skipped_one_are_as_if_it_had_not_been():
     results = []
     for gradients in ((0.1, 0.2), (0.1, float("inf"), 0.2)):
         model = small_model()
-        optimizer = build_optimizer(model, OptimizerConfig())
+        optimizer = build_optimizer(model.parameters(), OptimizerConfig())
         for gradient in gradients:
             set_gradients(model, gradient)
             optimizer_step(optimizer, 0.1, ~torch.tensor(gradient).isfinite())
@@ -50,7 +54,7 @@ def test_steps_after_a_skipped_one_are_as_if_it_had_not_been():
 
 def test_state_is_named_after_parameters_and_complete_before_the_first_step():
     model = small_model()
-    names = set(optimizer_tensors(model, build_optimizer(model, OptimizerConfig())))
+    names = set(state_of(model, build_optimizer(model.parameters(), OptimizerConfig())))
     expected = {f"{name}.{key}" for name, _ in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
     assert names == expected
 
@@ -58,7 +62,7 @@ def test_state_is_named_after_parameters_and_complete_before_the_first_step():
 def test_state_made_ahead_gives_the_same_steps_as_state_made_by_torch():
     model, other = small_model(), small_model()
     config = OptimizerConfig(weight_decay=0.0)
-    ours = build_optimizer(model, config)
+    ours = build_optimizer(model.parameters(), config)
     theirs = torch.optim.AdamW(
         other.parameters(), lr=0.1, betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True
     )

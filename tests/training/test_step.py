@@ -135,7 +135,7 @@ def test_bf16_keeps_fp32_weights_and_comes_close_to_fp32(config, batch):
     losses = [float(stepper.run(batch, 1)["lm_loss"]) for stepper in (exact, rounded)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in rounded.weights.values()} == {torch.float32}
 
 
 def test_a_dense_model_trains_without_routing_values(config, batch):

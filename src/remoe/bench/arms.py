@@ -1,6 +1,7 @@
 """Models in training that take optimizer steps in turn."""
 
-# pyright: reportMissingImports=false  (transformers is an extra)
+# pyright: reportMissingImports=false
+# (transformers is an extra)
 
 import gc
 import itertools

@@ -98,7 +98,7 @@ class LoopConfig:
     steps: int = setting(300, "optimizer steps")
     batch_size: int = setting(16, "sequences a step, over all ranks")
     micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: its share of batch_size")
-    precision: str = setting("fp32", "fp32, or bf16: autocast with fp32 weights")
+    precision: str = setting("fp32", "fp32, or bf16: products in bf16, weights, their gradients and all else in fp32")
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
     compile: bool = setting(False, "torch.compile model and losses, as one graph")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory")

@@ -1,6 +1,6 @@
 """AdamW with decay on matrices only, whose steps can be cancelled by a flag on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from remoe.training.config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, with its whole state in place before the first step.
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained, with its whole state in place before the first step.
 
     Tensors of two or more dimensions decay (embeddings too); norms and biases do not. The fused kernels, which CPU and
     CUDA both have, can cancel a step on the device.
     """
     optimizer = torch.optim.AdamW(
-        _groups([p for p in model.parameters() if p.requires_grad], config.weight_decay),
+        _groups([p for p in parameters if p.requires_grad], config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -37,9 +37,9 @@ def optimizer_step(optimizer: torch.optim.AdamW, lr: float, skipped: Tensor) -> 
     optimizer.step()
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, e.g. `lm_head.weight.exp_avg`: the live tensors, not copies."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     return {
         f"{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()

@@ -21,6 +21,7 @@ from remoe.training import router_hooks
 from remoe.training.capacity import row_capacities
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts
+from remoe.training.master_weights import MasterWeights
 from remoe.training.micro_batch import Measured, MicroBatchLoss, Values, Weighing, split, to_device
 from remoe.training.objective import Objective
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
@@ -53,6 +54,11 @@ class Stepper:
         loop = self.config.train
         self.micro_batch = own_micro_batch(self.ranks.data_size, loop.batch_size, loop.micro_batch_size)
         self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
+        is_rounded = loop.precision == "bf16" and self.ranks.size == 1  # FSDP rounds as it gathers
+        self.masters = MasterWeights(self.model) if is_rounded else None
+        self.weights = (
+            self.masters.named_parameters(self.model) if self.masters else dict(self.model.named_parameters())
+        )
         self.layers = [module for module in self.model.modules() if isinstance(module, MoE)]
         self.routers: list[Any] = [layer.router for layer in self.layers]
         moe = self.config.model.moe
@@ -62,7 +68,7 @@ class Stepper:
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
         self.loss = self._build_loss()
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.optimizer = build_optimizer(self.weights.values(), self.config.optimizer)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -83,10 +89,11 @@ class Stepper:
         with row_capacities(self.layers, self.row_capacities):
             measured = self._forward_backward(batch, coef)
         values, observed = self.ranks.total(measured.values), self.ranks.total(measured.observed)
-        grad_norm = self.ranks.clip_gradients(self.model, self.config.optimizer.clip)
+        grad_norm = self.ranks.clip_gradients(self.weights.values(), self.config.optimizer.clip)
         is_bad = ~(grad_norm.isfinite() & values["loss"].isfinite())
         cancelled = self._cancelled(is_bad, measured.overflow)
         optimizer_step(self.optimizer, learning_rate(self.config.optimizer, step, self.config.train.steps), cancelled)
+        self.update_model()
         self._count_skipped(is_bad)
         self._after_step(measured.counts, observed, cancelled, step)
         if coef is not None:
@@ -153,10 +160,18 @@ class Stepper:
             self.has_loads = self.has_loads | ~skipped
         router_hooks.after_step(self.routers, counts, observed, skipped, step)
 
+    def update_model(self) -> None:
+        """Let the model follow its fp32 weights, after they have changed."""
+        if self.masters is not None:
+            self.masters.update_model()
+
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name: live tensors that a checkpoint is read into in place."""
-        model = model_tensors(self.model)
-        optimizer = {f"optimizer.{n}": value for n, value in optimizer_tensors(self.model, self.optimizer).items()}
+        """Everything that a resumed run needs, by name: live tensors that a checkpoint is read into in place.
+
+        `update_model` makes the model follow.
+        """
+        model = model_tensors(self.model) | {f"model.{name}": weight for name, weight in self.weights.items()}
+        optimizer = {f"optimizer.{n}": value for n, value in optimizer_tensors(self.weights, self.optimizer).items()}
         progress = {"progress.skipped": self.skipped, "progress.skipped_in_a_row": self.skipped_in_a_row}
         if self.controller is not None:
             progress |= {f"sparsity.{name}": value for name, value in self.controller.state_dict().items()}

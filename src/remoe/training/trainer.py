@@ -70,6 +70,7 @@ class Trainer:
         """Put everything back as it was when the checkpoint was written."""
         check_corpus(self.corpus.manifest, start)
         start.load(self.stepper.tensors())
+        self.stepper.update_model()
         self.step = self.saved_step = start.step
         self.best = start.record["best"]
         device = self.stepper.device
