@@ -146,6 +146,8 @@ def test_activation_checkpointing_is_estimated_to_take_less():
     )
     assert checkpointed.activations < 0.3 * plain.activations
     assert checkpointed.weights == plain.weights
+    selective = plan(config, Workload(**settings, activation_checkpointing="selective")).memory
+    assert checkpointed.activations < selective.activations < 0.8 * plain.activations
 
 
 def kept_bytes(config: ReMoEConfig, tokens_BS: torch.Tensor, precision: str) -> int:

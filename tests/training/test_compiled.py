@@ -27,7 +27,7 @@ def steppers_of(config, **sections) -> list[Stepper]:
     return steppers
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("router", ["relu", "topk", "recurrent_relu"])
 def test_steps_are_one_graph_that_is_compiled_once_with_the_eager_steps_values(

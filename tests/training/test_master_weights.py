@@ -36,7 +36,7 @@ def stepper_of(config, model, **train_changes) -> Stepper:
     return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_steps_are_bit_for_bit_those_of_autocast_over_fp32_weights(config, batch, monkeypatch, model, checkpointing):
     ours = stepper_of(config, model, activation_checkpointing=checkpointing)

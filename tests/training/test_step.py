@@ -10,6 +10,8 @@ from remoe.moe.routers.relu import ReLURouter
 from remoe.training.micro_batch import split
 from remoe.training.step import Stepper
 
+POST_NORM = {"block": "post_norm", "dropout": 0.3, "attention_span": 8, "num_kv_heads": 2}
+
 
 def stepper_of(config, **sections) -> Stepper:
     built = config(**{**sections, "model": {"vocab_size": 256} | sections.get("model", {})})
@@ -121,12 +123,15 @@ def test_released_mode_never_uses_previous_loads(config):
     assert stepper_of(config, sparsity={"loads": "previous_step", "mode": "released"}).loads_LE is None
 
 
-def test_activation_checkpointing_changes_neither_counts_nor_gradients(config, batch):
+@pytest.mark.parametrize("model", [{}, {"router": "sparsemixer"}, {"router": "recurrent_relu"}, POST_NORM], ids=str)
+@pytest.mark.parametrize("mode", [True, "full", "selective"])
+def test_activation_checkpointing_changes_neither_counts_nor_gradients(config, batch, mode, model):
     results = []
-    for on in (False, True):
-        stepper = stepper_of(config, train={"activation_checkpointing": on})
+    for given in ("none", mode):
+        torch.manual_seed(0)
+        stepper = stepper_of(config, train={"activation_checkpointing": given}, model=model)
         values = stepper.run(batch, 1)
-        results.append([p.grad for p in stepper.model.parameters()] + [values["active"], values["sparsity_l1"]])
+        results.append([p.grad for p in stepper.model.parameters() if p.grad is not None] + list(values.values()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

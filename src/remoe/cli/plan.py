@@ -20,6 +20,7 @@ def plan_command(config: Config, overrides: Overrides = None, as_json: AsJson = 
     import dataclasses
     import json
 
+    from remoe.model.recompute import recomputation
     from remoe.model.size import Workload, plan
     from remoe.recipes import read_config
 
@@ -28,7 +29,7 @@ def plan_command(config: Config, overrides: Overrides = None, as_json: AsJson = 
         sequence_length=run.data.sequence_length,
         micro_batch_size=run.train.micro_batch,
         precision=run.train.precision,
-        activation_checkpointing=run.train.activation_checkpointing,
+        activation_checkpointing=recomputation("train.activation_checkpointing", run.train.activation_checkpointing),
     )
     values = dataclasses.asdict(plan(_model(run), workload))
     values["tokens"] = run.train.steps * run.train.batch_size * run.data.sequence_length
@@ -61,7 +62,9 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _assumptions(workload: dict[str, Any]) -> str:
-    checkpointing = "with" if workload["activation_checkpointing"] else "without"
+    checkpointing = {"none": "without", "full": "with", "selective": "with selective"}[
+        workload["activation_checkpointing"]
+    ]
     return (
         f"memory: for micro-batches of {workload['micro_batch_size']} x {workload['sequence_length']} tokens in "
         f"{workload['precision']}, {checkpointing} activation checkpointing\n"

@@ -1,11 +1,10 @@
 """The decoder: embedding, layers with the router state riding along, final norm, output head."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from remoe.errors import ConfigError
 from remoe.model.attention import RotaryPositions
@@ -18,6 +17,7 @@ from remoe.model.linear import Embedding, Linear
 from remoe.model.loss import Head
 from remoe.model.placement import Placement, place_tokens
 from remoe.model.post_norm import PostNormLayer, outer_values
+from remoe.model.recompute import layer_runner, recomputation
 from remoe.model.relative_attention import RelativePositions
 from remoe.model.sequence import WHOLE, WholeSequence
 from remoe.moe import MoE, RouterContext, Routing
@@ -49,13 +49,15 @@ class Decoder(nn.Module):
     def __init__(self, config: ReMoEConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
+        """One of recompute.MODES."""
         self.sequence: WholeSequence = WHOLE
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         layer_class = PostNormLayer if config.is_post_norm else DecoderLayer
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_layers))
         self.positions = RelativePositions(config) if config.is_post_norm else RotaryPositions(config)
         self.norm = nn.Identity() if config.is_post_norm else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.draws = config.dropout > 0 or any(getattr(module, "draws", False) for module in self.modules())
         self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(
@@ -66,7 +68,7 @@ class Decoder(nn.Module):
         own = self.sequence.columns(tokens_BS.shape[1])
         context = _router_context(tokens_BS, placement, cache, own)
         hidden_BSH = self.embed_tokens(tokens_BS[:, own])
-        run = _recomputed if self._recomputes(cache) else _kept
+        run = layer_runner(self.activation_checkpointing if self._can_recompute(cache) else "none", self.draws)
         routings: list[Routing | None] = []
         for layer_index, layer in enumerate(self.layers):
             context = context._replace(layer_index=layer_index)
@@ -76,16 +78,8 @@ class Decoder(nn.Module):
             routings.append(routing)
         return self.norm(hidden_BSH), tuple(routings)
 
-    def _recomputes(self, cache: AnyCache | None) -> bool:
-        return self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-
-
-def _kept(layer: nn.Module, *inputs: Any) -> Any:
-    return layer(*inputs)
-
-
-def _recomputed(layer: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(layer, *inputs, use_reentrant=False)
+    def _can_recompute(self, cache: AnyCache | None) -> bool:
+        return cache is None and torch.is_grad_enabled()
 
 
 def _router_context(tokens_BS: Tensor, placement: Placement, cache: AnyCache | None, own: slice) -> RouterContext:
@@ -121,13 +115,13 @@ class ReMoEForCausalLM(nn.Module):
         return outer_values(self.config.hidden_size) if self.config.is_post_norm else {}
 
     @property
-    def activation_checkpointing(self) -> bool:
-        """Whether each layer is computed again in the backward pass instead of kept: less memory, a third more time."""
+    def activation_checkpointing(self) -> str:
+        """What is computed again in the backward pass instead of kept: none, full (each layer) or selective."""
         return self.model.activation_checkpointing
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, on: bool) -> None:
-        self.model.activation_checkpointing = on
+    def activation_checkpointing(self, mode: bool | str) -> None:
+        self.model.activation_checkpointing = recomputation("activation_checkpointing", mode)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
 from remoe.kernels.linear_cross_entropy import CHUNK_BYTES
 from remoe.model.config import ReMoEConfig, router_without_values
+from remoe.model.recompute import recomputation
 from remoe.moe import RouterContext, build_router
 from remoe.moe.cells import share_cell
 from remoe.moe.routers import router_class
@@ -158,7 +159,8 @@ class Workload:
     sequence_length: int
     micro_batch_size: int
     precision: str = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = "none"
+    """One of recompute.MODES; true is full."""
 
     def __post_init__(self) -> None:
         check_range("sequence_length", self.sequence_length, 1)
@@ -225,9 +227,12 @@ def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -
     kept, recomputed = last_norm + dense_layers * dense + moe_layers * moe, 0
     merged = _merged_bytes(config, workload) if moe_layers else 0
     kept_merged = moe_layers * merged
-    if workload.activation_checkpointing:
+    mode = recomputation("activation_checkpointing", workload.activation_checkpointing)
+    if mode != "none":
         kept = last_norm + 4 * config.num_layers * config.hidden_size + moe_layers * _routing_bytes(config)
         recomputed, kept_merged = max(dense, moe), merged
+    if mode == "selective":
+        kept += moe_layers * _expert_bytes(config, workload, active_experts)
     rows = _row_bytes(config, workload, active_experts) if moe_layers else 0
     temporary = max(_loss_bytes(config, workload), workload.num_tokens * (recomputed + rows))
     return workload.num_tokens * kept + temporary + kept_merged + merged  # the last: a layer's gradients of merged ones
@@ -256,10 +261,19 @@ def _dense_mlp_bytes(config: ReMoEConfig, workload: Workload) -> int:
 def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
     """A token's share: residual, norm output (fp32 for the router), routing, and rows' pre-activations and lists."""
     cast = workload.compute_bytes * config.hidden_size if workload.precision == "bf16" else 0
-    pair = workload.compute_bytes * 2 * config.moe.expert_size + 3 * 8
     state_size: Any = router_without_values(config.moe).state_size
     cell = 4 * 5 * state_size  # the state and four gates (RMoE §2.13)
-    return 8 * config.hidden_size + cast + _routing_bytes(config) + cell + active_experts * pair
+    return 8 * config.hidden_size + cast + _routing_bytes(config) + cell + _pair_bytes(config, workload, active_experts)
+
+
+def _pair_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
+    """A token's rows: their pre-activations and lists."""
+    return active_experts * (workload.compute_bytes * 2 * config.moe.expert_size + 3 * 8)
+
+
+def _expert_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
+    """A token's share of what the experts' kernels return: the rows and the layer's output."""
+    return _pair_bytes(config, workload, active_experts) + workload.compute_bytes * config.hidden_size
 
 
 def _merged_bytes(config: ReMoEConfig, workload: Workload) -> int:

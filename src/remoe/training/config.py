@@ -7,6 +7,7 @@ from remoe.data.config import DataConfig
 from remoe.distributed.config import ParallelConfig
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
+from remoe.model.recompute import recomputation
 from remoe.moe.update_rule import UpdateRule
 
 
@@ -101,7 +102,10 @@ class LoopConfig:
     precision: str = setting("fp32", "fp32, or bf16: products in bf16, weights, their gradients and all else in fp32")
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
     compile: bool = setting(False, "torch.compile model and losses, as one graph")
-    activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory")
+    cuda_graphs: bool = setting(False, "run each micro-batch as one CUDA graph; needs a GPU and rows auto or capacity")
+    activation_checkpointing: bool | str = setting(
+        "none", "computed again in the backward pass: none, full (layers), selective (all but experts); less memory"
+    )
     rows: str = setting(
         "auto", "rows of a layer: exact (waits for their number), capacity (by earlier steps); auto: capacity on a GPU"
     )
@@ -121,7 +125,12 @@ class LoopConfig:
             check_range(f"train.{key}", getattr(self, key), 1)
         check_range("train.flip_interval", self.flip_interval, 0)
         check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        recomputation("train.activation_checkpointing", self.activation_checkpointing)
         check_choice("train.rows", self.rows, ("auto", "exact", "capacity"))
+        if self.cuda_graphs and self.rows == "exact":
+            raise ConfigError(
+                "train.cuda_graphs is true, needs train.rows auto or capacity; it is 'exact', which waits"
+            )
         for sink in self.sinks:
             check_choice("train.sinks", sink, ("tensorboard", "wandb", "trackio"))
         if self.micro_batch_size is not None:

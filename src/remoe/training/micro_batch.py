@@ -49,9 +49,9 @@ class Measured(NamedTuple):
         return self._replace(values={name: value.detach() for name, value in self.values.items()})
 
     def plus(self, other: "Measured") -> "Measured":
-        """Both together, without the other's gradients."""
+        """Both together."""
         return Measured(
-            {name: value + other.values[name].detach() for name, value in self.values.items()},
+            {name: value + other.values[name] for name, value in self.values.items()},
             self.counts.plus(other.counts) if self.counts and other.counts else None,
             _of_both(torch.maximum, self.active_L, other.active_L),
             _of_both(torch.logical_or, self.overflow, other.overflow),

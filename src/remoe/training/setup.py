@@ -37,8 +37,9 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
     check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
     own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size)
     check_sequence(parallel, config.model, config.data.sequence_length)
-    if world_size > 1 and loop.compile:
-        raise ConfigError("train.compile is true, must be false with more than one process for now")
+    for key in ("compile", "cuda_graphs"):
+        if world_size > 1 and getattr(loop, key):
+            raise ConfigError(f"train.{key} is true, must be false with more than one process for now")
     return parallel
 
 

@@ -21,6 +21,7 @@ from remoe.training import router_hooks
 from remoe.training.capacity import row_capacities
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts
+from remoe.training.graphs import GraphedPass, Pass, check_capturable
 from remoe.training.master_weights import MasterWeights
 from remoe.training.micro_batch import Measured, MicroBatchLoss, Values, Weighing, split, to_device
 from remoe.training.objective import Objective
@@ -68,6 +69,9 @@ class Stepper:
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
         self.loss = self._build_loss()
+        if loop.cuda_graphs:
+            check_capturable(self.device, self.layers)
+        self.graphed = GraphedPass(self._pass, self.device, self._zero_gradients) if loop.cuda_graphs else None
         self.optimizer = build_optimizer(self.weights.values(), self.config.optimizer)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -85,7 +89,7 @@ class Stepper:
         """Train on this rank's rows of a batch as step number `step`; what all ranks measured, still on the device."""
         self.ranks.seed_step(self.config.seed, step)
         coef = self.controller.coef if self.controller else None
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         with row_capacities(self.layers, self.row_capacities):
             measured = self._forward_backward(batch, coef)
         values, observed = self.ranks.total(measured.values), self.ranks.total(measured.observed)
@@ -110,13 +114,32 @@ class Stepper:
         num_labels = max(1, self.ranks.total_number(own_labels) // self.ranks.sequence_size)
         labels = torch.full((), num_labels, dtype=torch.float32, device=self.device)
         weighing = Weighing(labels, coef, self.loads_LE, self.has_loads)
-        whole: Measured | None = None
-        for part in split(batch, self.micro_batch):
-            measured = self.loss(to_device(part, self.device), weighing)
-            measured.values["loss"].backward()
-            whole = measured.detached() if whole is None else whole.plus(measured)
-        assert whole is not None, "a batch has rows"
+        parts = list(split(batch, self.micro_batch))
+        run = self._pass_for(parts[0], weighing)
+        whole = run(to_device(parts[0], self.device), weighing)
+        for part in parts[1:]:
+            whole = whole.plus(run(to_device(part, self.device), weighing))
         return whole
+
+    def _pass_for(self, part: Batch, weighing: Weighing) -> Pass:
+        """How a micro-batch is run: as a graph where one is wanted and the number of rows is known."""
+        if self.graphed is None:
+            return self._pass
+        if self.layers and self.row_capacities is None:
+            self.graphed.release()
+            return self._pass
+        self.graphed.prepare(self.row_capacities or (), to_device(part, self.device), weighing)
+        return self.graphed
+
+    def _pass(self, batch: Batch, weighing: Weighing) -> Measured:
+        """Forward and backward of a micro-batch on the device."""
+        measured = self.loss(batch, weighing)
+        measured.values["loss"].backward()
+        return measured.detached()
+
+    def _zero_gradients(self) -> None:
+        """A graph adds to the memory that it was captured with; otherwise gradients take none between steps."""
+        self.optimizer.zero_grad(set_to_none=self.graphed is None)
 
     def _build_loss(self) -> Callable[[Batch, Weighing], Measured]:
         share = self.micro_batch / (self.config.train.batch_size * self.ranks.sequence_size)

@@ -16,6 +16,7 @@ class SparseMixerRouter(nn.Module):
     """
 
     state_size = 0
+    draws = True  # random numbers: whoever computes a layer twice must give it the same ones
     penalty = "load_balancing"
 
     def __init__(
