@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from remoe.config import from_dict
 from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import world_size
-from remoe.model import ReMoEConfig, ReMoEForCausalLM
-from remoe.training import checkpoint
-from remoe.training.config import OptimizerConfig
-from remoe.training.optimizer import build_optimizer, optimizer_tensors
-from remoe.training.step import model_tensors
+from remoe.model import ReMoEForCausalLM
+from remoe.training import TrainConfig, checkpoint
+from remoe.training.step import Stepper
 
 SIZES = {
     "hidden_size": 12,
@@ -32,17 +31,17 @@ SIZES = {
 
 
 def tensors(seed: int, **parallel: Any) -> tuple[Ranks, dict[str, Tensor]]:
-    """A model's parameters and Adam state with values that are a function of the seed, spread over all processes."""
+    """Everything a run saves, spread over all processes: weights, Adam's state, the coefficient, by the seed."""
     resolved = resolve_parallel(ParallelConfig(**parallel), world_size())
     ranks = DataRanks(resolved, torch.device("cpu")) if world_size() > 1 else Ranks()
-    config = ReMoEConfig(vocab_size=33, router="recurrent_relu", **SIZES)  # pyright: ignore
-    model = ReMoEForCausalLM(config, seed=seed)
-    values = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
-    ranks.place(model, torch.device("cpu"), None)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    found = model_tensors(model) | optimizer_tensors(model, optimizer)
+    model = {"vocab_size": 33, "router": "recurrent_relu", **SIZES}
+    config = from_dict(TrainConfig, {"model": model, "train": {"batch_size": 8, "device": "cpu"}})
+    whole_model = ReMoEForCausalLM(config.model, seed=seed)
+    values = {name: parameter.detach() * 2 for name, parameter in whole_model.named_parameters()}
+    found = Stepper(config, whole_model, torch.device("cpu"), ranks).tensors()
     for name, value in values.items():
-        fill(found[f"{name}.exp_avg"], value)
+        fill(found[f"optimizer.{name}.exp_avg"], value)
+    found["sparsity.log_coef"].fill_(seed)
     return ranks, found
 
 
