@@ -1,6 +1,6 @@
 """transformers' Mixtral experts with its different implementations; variable counts are padded to the longest list."""
 
-# pyright: reportMissingImports=false  (transformers is an extra)
+# pyright: reportMissingImports=false
 
 from typing import Any
 
