@@ -1,14 +1,21 @@
 """Facts about training on a GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from remoe.bench import steady
+from remoe.bench.fresh import random_batch
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
-from remoe.moe import dispatch, layer
 from remoe.training import checkpoint, load, train
+from remoe.training.ahead import RunAhead, row_policy
+from remoe.training.capacity import WINDOW
 from remoe.training.readout import Readout
 from remoe.training.step import Stepper
+from tests.training.test_ahead import Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,33 +29,135 @@ def stepper_of(config, **sections) -> Stepper:
     return Stepper(built, ReMoEForCausalLM(built.model, seed=1), torch.device("cuda"))
 
 
-@pytest.fixture
-def waiting_dispatch(monkeypatch):
-    """Lets the dispatch plan wait for its number of rows, as its reference does; nothing else may."""
-
-    def plan(routing_map_TE):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        result = dispatch.plan(routing_map_TE)
-        torch.cuda.set_sync_debug_mode(mode)
-        return result
-
-    monkeypatch.setattr(layer, "plan", plan)
+STEADY = {"train": {"micro_batch_size": 2, "precision": "bf16"}, "optimizer": {"lr": 1e-6, "min_lr": 1e-6}}
+SPEED = [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}]
 
 
-@pytest.mark.usefixtures("waiting_dispatch")
-@pytest.mark.parametrize(("layers", "precision"), [("none", "fp32"), ("none", "bf16"), ("all", "bf16")])
-def test_a_steady_step_does_not_wait_for_the_device(config, batch, layers, precision):
-    stepper = stepper_of(config, model={"moe_layers": layers}, train={"precision": precision, "micro_batch_size": 2})
-    for step in (1, 2):
-        Readout(stepper.run(batch, step))
+def with_train(**train) -> dict:
+    return {**STEADY, "train": STEADY["train"] | train}
+
+
+def ahead_of(stepper: Stepper) -> RunAhead:
+    return RunAhead(stepper, stepper.run, row_policy(stepper))
+
+
+@contextmanager
+def never_waiting():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        readouts = [Readout(stepper.run(batch, step)) for step in (3, 4)]
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(readout.read()["loss"] > 0 for readout in readouts)
+
+
+@pytest.mark.parametrize("speed", SPEED, ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [{"moe_layers": "none"}, {"router": "relu"}, {"router": "topk"}, {"router": "recurrent_relu"}],
+    ids=str,
+)
+def test_steady_steps_do_not_wait_for_the_device(config, batch, model, speed):
+    stepper = stepper_of(config, model=model, **with_train(**speed))
+    ahead = ahead_of(stepper)
+    for step in range(1, WINDOW + 6):
+        ahead.launch(batch, step)
+    with never_waiting():
+        finished = [launched for step in range(40, 44) for launched in ahead.launch(batch, step)]
+    assert len(finished) == 4
+    assert all(launched.readout.read()["loss"] > 0 for launched in finished)
+    assert not stepper.layers or stepper.row_capacities is not None
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steady_steps_with_recomputation_do_not_wait_for_the_device(config, batch, precision, mode):
+    stepper = stepper_of(config, **with_train(activation_checkpointing=mode, precision=precision))
+    stepper.row_capacities = (64, 64)  # all pairs
+    stepper.run(batch, 1)
+    with never_waiting():
+        values = stepper.run(batch, 2)
+    assert values["loss"].isfinite()
+
+
+def test_training_attention_runs_in_the_flash_kernel(config, batch):
+    stepper = stepper_of(config, **STEADY)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it cannot
+        assert stepper.run(batch, 1)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("speed", SPEED, ids=str)
+@pytest.mark.parametrize("router", ["relu", "topk"])
+def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager_ones(config, batch, router, speed):
+    exact = stepper_of(config, model={"router": router}, train=STEADY["train"])
+    fast = stepper_of(config, model={"router": router}, train=STEADY["train"] | speed)
+    ahead = RunAhead(fast, fast.run, Rows((64, 64), (64, 64), (1, 1), (64, 64), (1, 64)))
+    expected = [Readout(exact.run(batch, step)).read() for step in range(1, 7)]
+    launched = [done for step in range(1, 7) for done in ahead.launch(batch, step)] + ahead.settle()
+    assert [done.step for done in launched] == [1, 2, 3, 4, 5, 6]
+    for done, values in zip(launched, expected, strict=True):
+        found = done.readout.read()
+        assert found["loss"] == pytest.approx(values["loss"], rel=2e-2)
+        assert found["grad_norm"] == pytest.approx(values["grad_norm"], rel=5e-2)
+        assert (found["overflowed"], found["skipped"]) == (0, 0)
+    for name, weight in fast.weights.items():
+        torch.testing.assert_close(weight, exact.weights[name], rtol=0, atol=0.03, msg=name)  # six steps of up to 0.01
+
+
+def test_drawn_numbers_differ_from_replay_to_replay(config, batch):
+    stepper = stepper_of(config, model={"router": "sparsemixer"}, **with_train(cuda_graphs=True))
+    stepper.row_capacities = (64, 64)
+    counts = [stepper.run(batch, step)["max_tokens"].tolist() for step in range(1, 9)]
+    assert any(others != counts[0] for others in counts[1:])
+
+
+LARGE = {
+    "vocab_size": 8192, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4,
+    "intermediate_size": 2048, "num_experts": 8,
+}  # fmt: skip
+
+
+def large_stepper(config, router: str) -> Stepper:
+    built = config(
+        model=LARGE | {"router": router},
+        data={"sequence_length": 1024},
+        train={"precision": "bf16", "batch_size": 16, "micro_batch_size": 16, "steps": 1000},
+        optimizer={"lr": 0.0, "min_lr": 0.0},
+    )
+    model = ReMoEForCausalLM(built.model, seed=1)
+    steady.share_a_direction(model)
+    return Stepper(built, model, torch.device("cuda"))
+
+
+def peak_bytes(ahead: RunAhead, batch: Batch, steps: range) -> int:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for step in steps:
+        ahead.launch(batch, step)
+    ahead.settle()
+    return torch.cuda.max_memory_allocated()
+
+
+def test_the_dense_start_takes_little_more_memory_than_the_steady_state_or_top_k(config):
+    built = config(model=LARGE)
+    batch = random_batch(built.model, 16, 1024, seed=0)
+    relu = large_stepper(config, "relu")
+    start = peak_bytes(ahead_of(relu), batch, range(1, 4))
+    with torch.autocast("cuda", torch.bfloat16):
+        steady.settle(relu.model, batch.tokens_BS[:4].cuda())
+    ahead = ahead_of(relu)
+    peak_bytes(ahead, batch, range(4, 4 + WINDOW + 2))
+    with never_waiting():
+        settled = peak_bytes(ahead, batch, range(40, 43))
+    assert relu.row_capacities is not None
+    del relu, ahead
+    topk = large_stepper(config, "topk")
+    ahead = ahead_of(topk)
+    peak_bytes(ahead, batch, range(1, WINDOW + 3))
+    of_topk = peak_bytes(ahead, batch, range(40, 43))
+    print(f"peak GiB: start {start / 2**30:.2f}, steady {settled / 2**30:.2f}, topk {of_topk / 2**30:.2f}")
+    assert start <= 1.15 * settled
+    assert max(start, settled) <= 1.10 * of_topk
 
 
 def test_a_step_that_is_not_finite_leaves_everything_alone(config, batch):

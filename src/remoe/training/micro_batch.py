@@ -117,7 +117,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device; to a GPU through pinned memory, so that nothing waits."""
     if device.type != "cuda":
         return Batch(*(values.to(device) for values in batch))
-    return Batch(*(values.pin_memory().to(device, non_blocking=True) for values in batch))
+    return Batch(*((v if v.is_pinned() else v.pin_memory()).to(device, non_blocking=True) for v in batch))
 
 
 def attention_documents(batch: Batch, config: TrainConfig) -> Tensor | None:

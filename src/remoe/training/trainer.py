@@ -17,6 +17,7 @@ from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
 from remoe.training.metrics import Metrics, MetricsFile, NoMetricsFile, cut_back
 from remoe.training.micro_batch import Values
+from remoe.training.prefetch import Prefetch
 from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
 from remoe.training.resume import check_corpus, random_state, set_random_state
@@ -120,21 +121,26 @@ class Trainer:
             self.reporter.finish(Run(self.path, self.config))
 
     def _take_steps(self, stop: StopRequest) -> None:
-        ahead, next_step = RunAhead(self.stepper, self._train_on, row_policy(self.stepper)), self.step + 1
-        while self.step < self.config.train.steps:
-            finished = ahead.launch(self._batch(next_step), next_step)
-            number = self.ranks.largest_number(stop.number or 0)
-            if number or self._due(next_step).halt:
-                finished += ahead.settle()
-            for launched in finished:
-                self._finish(launched)
-            next_step += 1
-            if number and self.step < self.config.train.steps:
-                self._save()
-                name = signal.Signals(number).name
-                raise RunStoppedError(
-                    f"{self.path} was stopped by {name} after step {self.step}; --resume goes on from there", number
-                )
+        steps = range(self.step + 1, self.config.train.steps + 1)
+        ahead = RunAhead(self.stepper, self._train_on, row_policy(self.stepper))
+        with Prefetch(self._batch, steps, self.stepper.device) as batches:
+            for step, batch in zip(steps, batches, strict=True):
+                finished = ahead.launch(batch, step)
+                number = self.ranks.largest_number(stop.number or 0)
+                if number or self._due(step).halt:
+                    finished += ahead.settle()
+                for launched in finished:
+                    self._finish(launched)
+                if number and self.step < self.config.train.steps:
+                    self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        self._save()
+        raise RunStoppedError(
+            f"{self.path} was stopped by {signal.Signals(number).name} after step {self.step}; "
+            "--resume goes on from there",
+            number,
+        )
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step's batch."""
