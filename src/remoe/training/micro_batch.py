@@ -59,7 +59,7 @@ class Measured(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MicroBatchLoss:
     """The objective of one micro-batch that counts for `share` of a step's auxiliary terms."""
 

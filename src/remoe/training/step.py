@@ -206,7 +206,7 @@ class Stepper:
 def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:
     """Model and losses as one graph; each set of row capacities is one more, and torch would stop at its eighth."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(loss, fullgraph=True, dynamic=False)
+    return torch.compile(loss.__call__, fullgraph=True, dynamic=False)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
