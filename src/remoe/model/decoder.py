@@ -1,7 +1,7 @@
 """The decoder: embedding, layers with the router state riding along, final norm, output head."""
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from remoe.model.attention import RotaryPositions
 from remoe.model.block import DecoderLayer
 from remoe.model.cache import AnyCache, KVCache
 from remoe.model.config import ReMoEConfig
-from remoe.model.generate import Sampling, generate_tokens
+from remoe.model.decode import FixedDecoding
+from remoe.model.generate import Prompt, Sampling, generate_tokens
 from remoe.model.init import initialise
 from remoe.model.linear import Embedding, Linear
 from remoe.model.loss import Head
@@ -105,6 +106,8 @@ class ReMoEForCausalLM(nn.Module):
             raise ConfigError("model.vocab_size is null, must be a number of token ids; set it to the tokenizer's")
         self.config = config
         self.model = Decoder(config, config.vocab_size)
+        self.kept_decoding: FixedDecoding | None = None
+        """CUDA graphs of the last text, for the next one like it; gone once the model trains."""
         self.lm_head = (
             None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=config.is_post_norm)
         )
@@ -132,6 +135,7 @@ class ReMoEForCausalLM(nn.Module):
         cache: KVCache | None = None,
         labels_BS: Tensor | None = None,
         reduction: str = "sum",
+        logits_to_keep: int | None = None,
     ) -> ModelOutput | LossOutput:
         """Logits of the next token at each place, or with labels their cross-entropies; and the routings.
 
@@ -140,6 +144,7 @@ class ReMoEForCausalLM(nn.Module):
         `cache`: keys and values of the tokens before these; the call adds its own.
         `labels_BS`: the next tokens, -100 where there is none; on a GPU not all logits exist at once then.
         `reduction`: sum, or none for each place's loss, which has no gradient on a GPU.
+        `logits_to_keep`: logits of only so many last places, [B, that, V]; None: of all.
         """
         placement = place_tokens(tokens_BS, token_mask_BS, document_BS, cache)
         hidden_BSH, routings = self.model(tokens_BS, placement, cache)
@@ -147,13 +152,21 @@ class ReMoEForCausalLM(nn.Module):
             cache.advance(tokens_BS.shape[1], placement.key_mask_BK)
         if labels_BS is not None:
             own_BS = labels_BS[:, self.model.sequence.columns(labels_BS.shape[1])]
-            return LossOutput(self._head().losses(hidden_BSH, own_BS, reduction), routings)
-        return ModelOutput(self._head().logits(hidden_BSH), routings)
+            return LossOutput(self.head().losses(hidden_BSH, own_BS, reduction), routings)
+        kept_BSH = hidden_BSH if logits_to_keep is None else hidden_BSH[:, -logits_to_keep:]
+        return ModelOutput(self.head().logits(kept_BSH), routings)
 
-    def _head(self) -> Head:
+    def head(self) -> Head:
+        """The output head: its own weights, or the embedding's."""
         if self.lm_head is None:
             return Head(self.model.embed_tokens.weight, None)
         return Head(self.lm_head.weight, self.lm_head.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; a model that trains gives back the memory of its graphs for decoding."""
+        if mode:
+            self.kept_decoding = None
+        return super().train(mode)
 
     def generate(
         self,
@@ -166,12 +179,14 @@ class ReMoEForCausalLM(nn.Module):
         stop_tokens: int | Collection[int] = (),
         token_mask_BS: Tensor | None = None,
         seed: int = 0,
+        cuda_graphs: bool = True,
     ) -> Tensor:
         """Continue each prompt by up to `max_new_tokens`; returns prompts and new tokens, int64 [B, S + new].
 
         Temperature 0 is greedy. Prompts of different lengths are padded on the left, false in `token_mask_BS`. A row
-        ends with a stop token and is filled up with it. Raises ConfigError for a value out of range.
+        ends with a stop token and is filled up with it. `cuda_graphs`: decode through graphs where the model runs on a
+        GPU and can be captured; they are kept for the next call. Raises ConfigError for a value out of range.
         """
         stops = (stop_tokens,) if isinstance(stop_tokens, int) else stop_tokens
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, stop_tokens=frozenset(stops), seed=seed)
-        return generate_tokens(self, tokens_BS, max_new_tokens, sampling, token_mask_BS)
+        return generate_tokens(self, Prompt(tokens_BS, token_mask_BS), max_new_tokens, sampling, cuda_graphs)

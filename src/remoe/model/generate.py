@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from remoe.config import check_range
 from remoe.errors import ConfigError
-from remoe.model.cache import KVCache
+from remoe.model.decode import Decoding, decoding_for, give_back
 
 if TYPE_CHECKING:
     from remoe.model.decoder import ReMoEForCausalLM
+
+_STEPS_BETWEEN_LOOKS = 16  # on a GPU: to see whether all rows have stopped, the host waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,45 +40,89 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, must be above 0 and at most 1; None keeps all tokens")
 
+    def stops(self, device: torch.device) -> Tensor:
+        """The stop tokens, int64."""
+        return torch.tensor(sorted(self.stop_tokens), dtype=torch.int64, device=device)
 
-@torch.no_grad()
+
+class Prompt(NamedTuple):
+    """What to go on from."""
+
+    tokens_BS: Tensor
+    token_mask_BS: Tensor | None = None
+    """Bool: false for padding, on the left; None: there is none."""
+
+
 def generate_tokens(
-    model: ReMoEForCausalLM, tokens_BS: Tensor, max_new_tokens: int, sampling: Sampling, token_mask_BS: Tensor | None
+    model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
 ) -> Tensor:
     """The prompts, each followed by up to `max_new_tokens` tokens: int64 [B, at most S + max_new_tokens].
 
     Ends early once every row has stopped; a row that stopped before is filled up with its stop token.
     """
-    _check(model, tokens_BS, max_new_tokens, sampling, token_mask_BS)
+    new = list(stream_tokens(model, prompt, max_new_tokens, sampling, cuda_graphs))
+    if not new:
+        return prompt.tokens_BS
+    new_BS = torch.stack(new, dim=1)
+    return torch.cat((prompt.tokens_BS, new_BS[:, : _used(new_BS, sampling)]), dim=1)
+
+
+@torch.inference_mode(False)  # else what the model keeps for the next text would be unusable outside of inference mode
+@torch.no_grad()
+def stream_tokens(
+    model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
+) -> Iterator[Tensor]:
+    """The new tokens one place after the other, int64 [B] each, as soon as they are on their way.
+
+    A GPU works on while the caller does; it may go on for up to 15 places after every row has stopped. The model is in
+    eval mode until the end.
+    """
+    _check(model, prompt, max_new_tokens, sampling)
     was_training = model.training
     model.eval()
+    decoding = decoding_for(model, prompt.tokens_BS, max_new_tokens, cuda_graphs)
     try:
-        return _extend(model, tokens_BS, max_new_tokens, sampling, token_mask_BS)
+        yield from _continue(model, decoding, prompt, max_new_tokens, sampling)
+    except Exception:
+        decoding = None  # what failed half way is not used again
+        raise
     finally:
+        give_back(model, decoding)
         model.train(was_training)
 
 
-def _extend(
-    model: ReMoEForCausalLM, tokens_BS: Tensor, max_new_tokens: int, sampling: Sampling, token_mask_BS: Tensor | None
-) -> Tensor:
-    device = tokens_BS.device
-    stop_tokens = torch.tensor(sorted(sampling.stop_tokens), dtype=torch.int64, device=device)
+def _continue(
+    model: ReMoEForCausalLM, decoding: Decoding, prompt: Prompt, max_new_tokens: int, sampling: Sampling
+) -> Iterator[Tensor]:
+    if max_new_tokens == 0:
+        return
+    device = prompt.tokens_BS.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KVCache(tokens_BS.shape[1] + max_new_tokens)
-    pieces = [tokens_BS]
-    new_BS, mask_BS = tokens_BS, token_mask_BS
-    stopped_B = torch.zeros(tokens_BS.shape[0], dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        logits_BV = model(new_BS, mask_BS, cache=cache).logits[:, -1]
-        chosen_B = torch.where(stopped_B, new_BS[:, -1], choose(logits_BV, sampling, generator))
-        new_BS, mask_BS = chosen_B[:, None], None
-        pieces.append(new_BS)
-        if stop_tokens.numel():
-            stopped_B = stopped_B | torch.isin(chosen_B, stop_tokens)
-            mask_BS = ~stopped_B[:, None]  # a row that stopped takes no expert's time
-            if stopped_B.all():
-                break
-    return torch.cat(pieces, dim=1)
+    stops = sampling.stops(device)
+    steps_between_looks = _STEPS_BETWEEN_LOOKS if device.type == "cuda" else 1
+    tokens_B = choose(decoding.begin(model, *prompt), sampling, generator)
+    stopped_B = _is_stop(tokens_B, stops)
+    for step in range(1, max_new_tokens):
+        yield tokens_B
+        if sampling.stop_tokens and step % steps_between_looks == 0 and stopped_B.all():
+            return
+        # a row that stopped takes no expert's time
+        logits_BV = decoding.step(model, tokens_B, ~stopped_B if sampling.stop_tokens else None)
+        tokens_B = torch.where(stopped_B, tokens_B, choose(logits_BV, sampling, generator))
+        stopped_B = stopped_B | _is_stop(tokens_B, stops)
+    yield tokens_B
+
+
+def _is_stop(tokens: Tensor, stops: Tensor) -> Tensor:
+    return (tokens[..., None] == stops).any(-1)  # torch.isin sorts, which waits for the GPU
+
+
+def _used(new_BS: Tensor, sampling: Sampling) -> int:
+    """How many places there are until every row has stopped, that one included."""
+    if not sampling.stop_tokens:
+        return new_BS.shape[1]
+    has_stopped_BS = _is_stop(new_BS, sampling.stops(new_BS.device)).cumsum(1) > 0
+    return min(new_BS.shape[1], int((~has_stopped_BS.all(0)).sum()) + 1)
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -88,7 +135,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
         scores_BV = scores_BV.masked_fill(scores_BV < smallest_B1, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         scores_BV = _nucleus(scores_BV, sampling.top_p)
-    return torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)[:, 0]
+    # torch.multinomial draws in this way too, but first looks at the probabilities, for which a GPU waits
+    noise_BV = torch.empty_like(scores_BV).exponential_(generator=generator)
+    return (scores_BV.softmax(-1) / noise_BV).argmax(-1)
 
 
 def _nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
@@ -99,10 +148,9 @@ def _nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(scores_BV).scatter(1, order_BV, kept_BV)
 
 
-def _check(
-    model: ReMoEForCausalLM, tokens_BS: Tensor, max_new_tokens: int, sampling: Sampling, token_mask_BS: Tensor | None
-) -> None:
+def _check(model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> None:
     check_range("max_new_tokens", max_new_tokens, 0)
+    tokens_BS, token_mask_BS = prompt
     vocab_size = model.config.vocab_size
     assert vocab_size is not None, "a model has a vocabulary size"
     if tokens_BS.dim() != 2 or tokens_BS.numel() == 0:
