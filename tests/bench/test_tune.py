@@ -49,7 +49,7 @@ class FakeKernels:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> FakeKernels:
     fake = FakeKernels()
-    monkeypatch.setattr(ours, "exact", fake.layer)
+    monkeypatch.setattr(ours, "capacity", fake.layer)
     return fake
 
 
