@@ -15,6 +15,7 @@ from remoe.distributed.mesh import Meshes
 from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
 from remoe.errors import OneRankError, RemoeError
+from remoe.model.sequence import own_columns
 
 
 class DataRanks(Ranks):
@@ -32,8 +33,7 @@ class DataRanks(Ranks):
         shard_model(model, self.meshes, self.parallel, param_dtype)
 
     def columns(self, length: int) -> slice:
-        own = length // self.sequence_size
-        return slice(self.sequence_index * own, (self.sequence_index + 1) * own)
+        return own_columns(length, self.sequence_index, self.sequence_size)
 
     def rows(self, batch_size: int, micro_batch: int) -> list[slice]:
         """Micro-batch i of all n data ranks together is rows i*n*m to (i+1)*n*m: those of one process with

@@ -5,6 +5,7 @@ DeepSpeed-Ulysses does). Tensor parallel: each rank has the weights of some head
 sums the outputs over ranks after them (Megatron's sequence parallelism). All else is data parallel over tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from remoe.model.sequence import WholeSequence
+from remoe.model.sequence import WholeSequence, own_columns
+
+Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 class SharedSequence(WholeSequence):
@@ -24,28 +27,30 @@ class SharedSequence(WholeSequence):
         self.index, self.num_ranks = group.rank(), group.size()
 
     def columns(self, length: int) -> slice:
-        own = length // self.num_ranks
-        return slice(self.index * own, (self.index + 1) * own)
+        return own_columns(length, self.index, self.num_ranks)
+
+    def _exchanged(self, tensor: Tensor, there: Exchange, back: Exchange) -> Tensor:
+        return _Exchanged.apply(tensor, there, back, self.group)  # pyright: ignore[reportReturnType]
 
 
 class ContextParallel(SharedSequence):
     """Exchanges tokens for heads around attention; parameters stay whole."""
 
     def tokens_to_heads(self, projected_BSX: Tensor) -> Tensor:
-        return _TokensToHeads.apply(projected_BSX, self.group)  # pyright: ignore[reportReturnType]
+        return self._exchanged(projected_BSX, _tokens_to_heads, _heads_to_tokens)
 
     def heads_to_tokens(self, mixed_BSX: Tensor) -> Tensor:
-        return _HeadsToTokens.apply(mixed_BSX, self.group)  # pyright: ignore[reportReturnType]
+        return self._exchanged(mixed_BSX, _heads_to_tokens, _tokens_to_heads)
 
 
 class TensorParallel(SharedSequence):
     """Gathers tokens before the heads and sums over heads after them; each rank has the weights of its own heads."""
 
     def gather_tokens(self, hidden_BSH: Tensor) -> Tensor:
-        return _GatherTokens.apply(hidden_BSH, self.group)  # pyright: ignore[reportReturnType]
+        return self._exchanged(hidden_BSH, _gather, _scatter_sum)
 
     def scatter_tokens(self, hidden_BSH: Tensor) -> Tensor:
-        return _ScatterTokens.apply(hidden_BSH, self.group)  # pyright: ignore[reportReturnType]
+        return self._exchanged(hidden_BSH, _scatter_sum, _gather)
 
 
 def share_heads(attention: nn.Module, mesh: DeviceMesh) -> None:
@@ -62,59 +67,21 @@ def _share(linear: nn.Module, mesh: DeviceMesh, dim: int) -> None:
     linear.weight = nn.Parameter(shared, requires_grad=weight.requires_grad)
 
 
-class _TokensToHeads(torch.autograd.Function):
-    """[B, S/s, X] of all heads to [B, S, X/s] of own heads."""
+class _Exchanged(torch.autograd.Function):
+    """A tensor after an exchange among the ranks; its gradient goes the way back."""
 
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _tokens_to_heads(projected, group)
+    def forward(ctx: Any, tensor: Tensor, there: Exchange, back: Exchange, group: dist.ProcessGroup) -> Tensor:
+        ctx.back, ctx.group = back, group
+        return there(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _heads_to_tokens(grad, ctx.group), None
-
-
-class _HeadsToTokens(torch.autograd.Function):
-    """[B, S, X/s] of own heads to [B, S/s, X] of all heads."""
-
-    @staticmethod
-    def forward(ctx: Any, mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _heads_to_tokens(mixed, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _tokens_to_heads(grad, ctx.group), None
-
-
-class _GatherTokens(torch.autograd.Function):
-    """[B, S/s, H] to [B, S, H]; each rank's gradient is of all tokens, and they add up."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(hidden, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _scatter_sum(grad, ctx.group), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    """The sum over ranks of [B, S, H], of which each keeps its own tokens [B, S/s, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter_sum(hidden, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _gather(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def _tokens_to_heads(projected: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S/s, X] of all heads to [B, S, X/s] of own heads."""
     by_rank = torch.stack(projected.chunk(group.size(), dim=-1))  # [s, B, S/s, X/s]: whose heads
     received = torch.empty_like(by_rank)
     dist.all_to_all_single(received, by_rank, group=group)  # [s, B, S/s, X/s]: whose tokens
@@ -122,6 +89,7 @@ def _tokens_to_heads(projected: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _heads_to_tokens(mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S, X/s] of own heads to [B, S/s, X] of all heads."""
     by_rank = torch.stack(mixed.chunk(group.size(), dim=1))  # whose tokens
     received = torch.empty_like(by_rank)
     dist.all_to_all_single(received, by_rank, group=group)  # whose heads
@@ -129,12 +97,14 @@ def _heads_to_tokens(mixed: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gather(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S/s, H] to [B, S, H]. Each rank's gradient is of all tokens; on the way back they add up."""
     everyone = hidden.new_empty((group.size() * hidden.shape[0], *hidden.shape[1:]))
     dist.all_gather_into_tensor(everyone, hidden.contiguous(), group=group)
     return torch.cat(everyone.chunk(group.size()), dim=1)
 
 
 def _scatter_sum(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of [B, S, H], of which each keeps its own tokens [B, S/s, H]."""
     by_rank = torch.cat(hidden.chunk(group.size(), dim=1))  # [s*B, S/s, H]
     own = by_rank.new_empty((hidden.shape[0], *by_rank.shape[1:]))
     dist.reduce_scatter_tensor(own, by_rank, group=group)

@@ -3,6 +3,12 @@
 from torch import Tensor
 
 
+def own_columns(length: int, index: int, num_ranks: int) -> slice:
+    """The tokens of the index-th of so many ranks that share a sequence of this length evenly."""
+    own = length // num_ranks
+    return slice(index * own, (index + 1) * own)
+
+
 class WholeSequence:
     """One process has all tokens: nothing is exchanged. Ranks that share sequences have a subclass each."""
 
