@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torchrun_workers import workers_of
+
 TIMES = ("tokens_per_second", "step_seconds")
 STEPS, CHECKPOINT_INTERVAL = 60, 3
 LAYOUTS: dict[str, list[str]] = {
@@ -119,19 +121,6 @@ def start(arguments: argparse.Namespace, root: Path, layout: str, name: str) -> 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (root / f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-
-def workers_of(process: subprocess.Popen[bytes]) -> dict[int, int]:
-    """Rank to process id, of torchrun's children."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            variables = status.with_name("environ").read_bytes().split(b"\0") if parent == process.pid else []
-        except OSError:  # it has ended
-            continue
-        found |= {int(variable[5:]): int(status.parent.name) for variable in variables if variable.startswith(b"RANK=")}
-    return found
 
 
 def lines_of(metrics: Path) -> int:

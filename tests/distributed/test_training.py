@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools.torchrun_workers import workers_of
 
 from remoe.config import to_yaml
 from remoe.training import TrainConfig, train
@@ -47,21 +48,6 @@ def wait_for_steps(metrics: Path, steps: int) -> None:
     while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
         assert time.monotonic() < deadline, "training did not begin"
         time.sleep(0.1)
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The process ids of torchrun's children, by rank."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            variables = status.with_name("environ").read_bytes().split(b"\0") if parent == process.pid else []
-        except OSError:  # it has ended
-            continue
-        ranks = [int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")]
-        if ranks:
-            found[ranks[0]] = int(status.parent.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

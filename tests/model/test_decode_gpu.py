@@ -64,6 +64,8 @@ def test_a_replayed_step_and_the_choice_of_its_token_never_wait(router, dtype):
     prompt_BS = TOKENS_BS.cuda()
     sampling = generate.Sampling(temperature=0.8, top_k=20, top_p=0.9, stop_tokens=frozenset({36}))
     model.generate(prompt_BS, 60)
+    assert isinstance(model.kept_decoding, FixedDecoding)
+    assert model.kept_decoding.graphs  # the stream below replays them
     stream = generate.stream_tokens(model, generate.Prompt(prompt_BS), 60, sampling)
     for _ in range(8):  # the prompt is read with the first; no look at the stops before the 16th
         next(stream)
