@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,24 +77,6 @@ class Choices:
     """Copy a product's rows first (N*H*4 bytes, faster products) rather than gather them inside."""
 
 
-_WIDE = {
-    "swiglu": "128x128x64 w8 s3 g8",
-    "down": "128x256x64 w8 s3 g8",
-    "grad_act": "128x256x64 w8 s3 g8",
-    "grad_down": "128x256x64 w8 s3 g8",
-    "grad_up": "128x256x64 w8 s3 g8",
-    "grad_x": "128x256x64 w8 s3 g8",
-    "rows": COPIED,
-}
-_NARROW = {
-    "swiglu": "128x64x64 w4 s3 g8",
-    "down": "128x128x64 w4 s3 g8",
-    "grad_act": "128x128x64 w8 s3 g8",
-    "grad_down": "128x128x64 w8 s3 g8",
-    "grad_up": "128x128x64 w8 s3 g8",
-    "grad_x": "128x128x64 w4 s3 g8",
-    "rows": GATHERED,
-}
 _PRODUCTS = ("swiglu", "down", "grad_act", "grad_down", "grad_up", "grad_x")
 _FP32 = dict.fromkeys(_PRODUCTS, "64x64x32 w4 s2 g8") | {"rows": GATHERED}
 _FEW_ROWS = dict.fromkeys(_PRODUCTS, "16x64x64 w4 s4 g8") | {"rows": GATHERED}
@@ -113,10 +95,7 @@ def words_of(sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
         return _FP32
     if sizes.rows_per_expert <= _FEW:
         return _FEW_ROWS
-    table = _table()
-    if not table:
-        return _WIDE if sizes.expert_size >= 1024 else _NARROW
-    return dict(table[min(table, key=sizes.distance)])
+    return dict(_nearest_row(sizes))
 
 
 @contextmanager
@@ -133,10 +112,14 @@ def forced(part: str, choice: str) -> Generator[None]:
             _forced[part] = before
 
 
+@lru_cache(maxsize=4096)  # asked twice a layer; with exact rows the sizes differ from step to step
+def _nearest_row(sizes: Sizes) -> Mapping[str, str]:
+    table = _table()
+    return table[min(table, key=sizes.distance)]
+
+
 @cache
 def _table() -> Mapping[Sizes, Mapping[str, str]]:
-    if not TABLE.exists():
-        return {}
     rows: list[dict[str, Any]] = json.loads(TABLE.read_text())["rows"]
     return {Sizes(**row["sizes"]): row["choices"] for row in rows}
 
