@@ -81,6 +81,7 @@ _PRODUCTS = ("swiglu", "down", "grad_act", "grad_down", "grad_up", "grad_x")
 _FP32 = dict.fromkeys(_PRODUCTS, "64x64x32 w4 s2 g8") | {"rows": GATHERED}
 _FEW_ROWS = dict.fromkeys(_PRODUCTS, "16x64x64 w4 s4 g8") | {"rows": GATHERED}
 _FEW = 16
+_IN_PLACE_OF_GROUPED_MM = "128x128x64 w8 s3 g8"
 _forced: dict[str, str] = {}
 
 
@@ -95,7 +96,10 @@ def words_of(sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
         return _FP32
     if sizes.rows_per_expert <= _FEW:
         return _FEW_ROWS
-    return dict(_nearest_row(sizes))
+    words = dict(_nearest_row(sizes))
+    if dtype != torch.bfloat16:  # the only type of torch's grouped product on a GPU
+        words = {part: _IN_PLACE_OF_GROUPED_MM if word == GROUPED_MM else word for part, word in words.items()}
+    return words
 
 
 @contextmanager
