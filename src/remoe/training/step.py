@@ -114,21 +114,22 @@ class Stepper:
         num_labels = max(1, self.ranks.total_number(own_labels) // self.ranks.sequence_size)
         labels = torch.full((), num_labels, dtype=torch.float32, device=self.device)
         weighing = Weighing(labels, coef, self.loads_LE, self.has_loads)
-        parts = list(split(batch, self.micro_batch))
-        run = self._pass_for(parts[0], weighing)
-        whole = run(to_device(parts[0], self.device), weighing)
-        for part in parts[1:]:
+        first, *others = split(batch, self.micro_batch)
+        first = to_device(first, self.device)
+        run = self._pass_for(first, weighing)
+        whole = run(first, weighing)
+        for part in others:
             whole = whole.plus(run(to_device(part, self.device), weighing))
         return whole
 
-    def _pass_for(self, part: Batch, weighing: Weighing) -> Pass:
+    def _pass_for(self, first: Batch, weighing: Weighing) -> Pass:
         """How a micro-batch is run: as a graph where one is wanted and the number of rows is known."""
         if self.graphed is None:
             return self._pass
         if self.layers and self.row_capacities is None:
             self.graphed.release()
             return self._pass
-        self.graphed.prepare(self.row_capacities or (), to_device(part, self.device), weighing)
+        self.graphed.prepare(self.row_capacities or (), first, weighing)
         return self.graphed
 
     def _pass(self, batch: Batch, weighing: Weighing) -> Measured:
