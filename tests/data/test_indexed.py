@@ -121,19 +121,3 @@ def test_a_damaged_pair_is_refused(index, tokens, message, tmp_path):
             (tmp_path / f"data{ending}").write_bytes(content)
     with pytest.raises(DataError, match=message):
         IndexedFile(tmp_path / "data")
-
-
-@pytest.mark.heavy
-def test_megatron_core_reads_ours_and_we_read_its_own(tmp_path):
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    torch = pytest.importorskip("torch")
-    write_golden(tmp_path / "ours")
-    theirs = indexed_dataset.IndexedDataset(str(tmp_path / "ours"))
-    assert [theirs[i].tolist() for i in range(4)] == [[5, 6, 7], [], [8, 9], [1]]
-    assert theirs.document_indices.tolist() == [0, 1, 2, 4]
-    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
-    for tokens, lengths in (([5, 6, 7], [3]), ([], [0]), ([8, 9, 1], [2, 1])):
-        builder.add_document(torch.tensor(tokens, dtype=torch.int64), lengths)
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    assert (tmp_path / "theirs.idx").read_bytes() == GOLDEN_IDX
-    assert (tmp_path / "theirs.bin").read_bytes() == GOLDEN_BIN
