@@ -60,7 +60,7 @@ class Router(Protocol):
     often each token id occurs in the training text; `observe(routing)`, a tensor with what it wants to know of a
     micro-batch; after the optimizer's step `absorb(observed)` with the mean of those, then
     `after_step(tokens_per_expert_E, step)`. A router that can be evaluated in several ways names them in `evaluations`
-    and the one in force in `evaluation`.
+    and the one in force in `evaluation`. `mixes_tokens` is true where a token's routing depends on others of the call.
     """
 
     state_size: int

@@ -19,6 +19,7 @@ class ExpertChoiceRouter(nn.Module):
 
     state_size = 0
     penalty = "none"
+    mixes_tokens = True
     evaluations = ("leaky", "causal")
     thresholds: Tensor
     num_observed: Tensor

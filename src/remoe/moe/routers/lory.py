@@ -21,6 +21,7 @@ class LoryRouter(nn.Module):
     state_size = 0
     penalty = "none"
     experts = "merged"
+    mixes_tokens = True
 
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int, *,

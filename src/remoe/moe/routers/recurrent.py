@@ -35,6 +35,7 @@ class RMoERouter(nn.Module):
         self.renormalize = gates.renormalizes(config.renormalize, top_k)
         self.init_std = init_std
         self.hidden_size = hidden_size
+        self.mixes_tokens = config.passing == "shuffle"
         self.penalty = "sparsity_l1" if config.gate == "relu" else "load_balancing"
         self.cell = build_cell(config, hidden_size)
         self.state_size = self.cell.state_size + (num_experts if config.residual_coef else 0)
