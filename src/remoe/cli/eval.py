@@ -45,8 +45,8 @@ def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig
     """The run's data settings with `data` as validation text; an export has its tokenizer with it."""
     import dataclasses
 
-    from remoe.cli.saved import run_of
     from remoe.data import DataConfig
+    from remoe.training.saved import run_of
 
     run = run_of(path)
     own = run.config.data if run else DataConfig(tokenizer=str(path))

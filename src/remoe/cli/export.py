@@ -18,10 +18,10 @@ def export_command(
     Writes model.safetensors (sharded when large), config.json, the tokenizer's files and a short model card.
     """
     from remoe.cli.card import model_card
-    from remoe.cli.saved import run_of, tokenizer_of
     from remoe.errors import ConfigError
     from remoe.model.weights import save_model
     from remoe.training import load
+    from remoe.training.saved import run_of, tokenizer_of
 
     if to.exists() and not to.is_dir():
         raise ConfigError(f"--to is {to}, a file, must be a folder")

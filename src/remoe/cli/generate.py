@@ -20,8 +20,8 @@ def generate_command(
     """Continue a prompt."""
     import torch
 
-    from remoe.cli.saved import tokenizer_of
     from remoe.training import load
+    from remoe.training.saved import tokenizer_of
 
     model, tokenizer = load(path), tokenizer_of(path)
     text = sys.stdin.read() if prompt == "-" else prompt

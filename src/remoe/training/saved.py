@@ -1,30 +1,22 @@
 """What lies beside saved weights: the run they belong to and its tokenizer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from remoe.data.tokenizer import CARD, Tokenizer, load_saved_tokenizer
 from remoe.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from remoe.data.tokenizer import Tokenizer
-    from remoe.training import Run
+from remoe.training.run import TOKENIZER, Run
 
 
-def run_of(path: Path) -> "Run | None":
+def run_of(path: Path) -> Run | None:
     """The run that a run folder or one of its checkpoints belongs to; None for an export."""
-    from remoe.training import Run
-
     folders = (path, *path.absolute().parents[:2])
     return next((Run.open(folder) for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def tokenizer_of(path: Path) -> "Tokenizer":
+def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that a run, checkpoint or export was saved with."""
-    from remoe.data import load_saved_tokenizer
-    from remoe.data.tokenizer import CARD
-
     run = run_of(path)
-    folder = run.path / "tokenizer" if run else path
+    folder = run.path / TOKENIZER if run else path
     if not (folder / CARD).is_file():
         raise CheckpointError(f"{path} holds no tokenizer, must be a run, one of its checkpoints, or an export")
     return load_saved_tokenizer(folder)
