@@ -1,5 +1,6 @@
 """Settings of the native model: the `model:` section of a run's config."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -27,6 +28,9 @@ class ReMoEConfig:
     granularity: int = setting(1, "G: E*G experts of width F/G, k*G active")
     router: str | dict[str, Any] = setting("relu", "router name, or {name: NAME, option: value, ...}")
     moe_layers: str | list[int] = setting("all", "all, none (a dense model), or a list of layer indices from 0")
+    thresholds: float | list[float] = setting(
+        0.0, "density dial: what router logits must be above; one number, or one for each MoE layer"
+    )
     tie_embeddings: bool = setting(False, "use the input embedding as the output head too")
     rope_theta: float = setting(1_000_000.0, "base of the rotary position embedding (ReMoE's scripts)")
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm (ReMoE's scripts)")
@@ -80,11 +84,25 @@ class ReMoEConfig:
         """What the layer checks itself, in a dense model too; its messages do not know this section's name."""
         try:
             moe = self.moe
-            if self.num_moe_layers:
-                router_without_values(moe)
+            router = router_without_values(moe) if self.num_moe_layers else None
         except ConfigError as error:
             is_own_key = str(error).startswith(tuple(field.name for field in fields(self)))
             raise ConfigError(f"model.{error}" if is_own_key else str(error)) from None
+        self._check_thresholds(has_dial=getattr(router, "threshold", None) is not None)
+
+    def _check_thresholds(self, has_dial: bool) -> None:
+        values = self.thresholds if isinstance(self.thresholds, list) else [self.thresholds]
+        if not all(map(math.isfinite, values)):
+            raise ConfigError(f"model.thresholds is {self.thresholds}, must be finite; 0 is the trained gate")
+        if any(values) and not has_dial:
+            raise ConfigError(
+                f"model.thresholds is {self.thresholds}, must be 0 without a ReLU gate (router relu or recurrent_relu)"
+            )
+        if isinstance(self.thresholds, list) and len(values) != self.num_moe_layers:
+            raise ConfigError(
+                f"model.thresholds has {len(values)} numbers, must be one number, or a list with one for each of "
+                f"{self.num_moe_layers} MoE layers"
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.moe_layers, str):
@@ -120,6 +138,13 @@ class ReMoEConfig:
     def num_moe_layers(self) -> int:
         """How many layers have experts."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    @property
+    def layer_thresholds(self) -> list[float]:
+        """The density dial of each MoE layer."""
+        if isinstance(self.thresholds, list):
+            return self.thresholds
+        return [self.thresholds] * self.num_moe_layers
 
     @property
     def moe(self) -> MoEConfig:

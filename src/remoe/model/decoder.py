@@ -21,7 +21,7 @@ from remoe.model.post_norm import PostNormLayer, outer_values
 from remoe.model.recompute import layer_runner, recomputation
 from remoe.model.relative_attention import RelativePositions
 from remoe.model.sequence import WHOLE, WholeSequence
-from remoe.moe import MoE, RouterContext, Routing
+from remoe.moe import MoE, RouterContext, Routing, dial
 from remoe.moe.cells import share_cell
 from remoe.moe.initial import Initial
 
@@ -59,6 +59,8 @@ class Decoder(nn.Module):
         self.positions = RelativePositions(config) if config.is_post_norm else RotaryPositions(config)
         self.norm = nn.Identity() if config.is_post_norm else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.draws = config.dropout > 0 or any(getattr(module, "draws", False) for module in self.modules())
+        if any(config.layer_thresholds):
+            dial.set_thresholds(self, config.layer_thresholds)
         self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(

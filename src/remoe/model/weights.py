@@ -20,7 +20,7 @@ from remoe.model.config import ReMoEConfig
 from remoe.model.decoder import ReMoEForCausalLM
 
 SCHEMA_VERSION = 1
-_ADDED_LATER = ("block", "attention_span", "dropout")  # exports from before have the defaults
+_ADDED_LATER = ("block", "attention_span", "dropout", "thresholds")  # exports from before have the defaults
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 
 

@@ -34,10 +34,17 @@ def renormalizes(renormalize: bool | None, top_k: int) -> bool:
     return top_k > 1 if renormalize is None else renormalize
 
 
-def relu(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate = ReLU(logit), active where it is above 0 (ReMoE eq. 6): weights_TE, routing_map_TE."""
-    weights_TE = logits_TE.relu()
-    return weights_TE, weights_TE > 0
+def relu(logits_TE: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Gate = ReLU(logit), active where it is above 0 (ReMoE eq. 6): weights_TE, routing_map_TE.
+
+    A threshold above 0 cuts gates up to it and leaves the others as they are; one below 0 is a shift, the ReLU of
+    logit - threshold, which opens gates that were closed (docs/decisions/0025).
+    """
+    if threshold == 0:
+        weights_TE = logits_TE.relu()
+        return weights_TE, weights_TE > 0
+    routing_map_TE = logits_TE > threshold
+    return (logits_TE - min(threshold, 0.0)).masked_fill(~routing_map_TE, 0), routing_map_TE
 
 
 def rms_normalized(weights_TE: Tensor, scale_E: Tensor, eps: float) -> Tensor:

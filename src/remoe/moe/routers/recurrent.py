@@ -37,6 +37,7 @@ class RMoERouter(nn.Module):
         self.hidden_size = hidden_size
         self.mixes_tokens = config.passing == "shuffle"
         self.penalty = "sparsity_l1" if config.gate == "relu" else "load_balancing"
+        self.threshold: float | None = 0.0 if config.gate == "relu" else None  # the density dial (moe.dial)
         self.cell = build_cell(config, hidden_size)
         self.state_size = self.cell.state_size + (num_experts if config.residual_coef else 0)
         width, is_shared, is_cosine = config.state_size, config.projector == "shared", config.head == "cosine"
@@ -99,8 +100,8 @@ class RMoERouter(nn.Module):
         return logits_TE.detach() if self.config.detach_residual else logits_TE
 
     def _gate(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.gate == "relu":
-            return gates.relu(logits_TE)
+        if self.threshold is not None:
+            return gates.relu(logits_TE, self.threshold)
         return gates.topk_softmax(logits_TE, self.top_k, self.renormalize)
 
 

@@ -20,6 +20,8 @@ class ReLURouter(nn.Module):
 
     state_size = 0
     penalty = "sparsity_l1"
+    threshold: float = 0.0
+    """What a logit must be above for its expert to be used: the density dial (moe.dial); 0 is the trained gate."""
 
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool = False, init_scale: float = 1.0,
@@ -42,7 +44,7 @@ class ReLURouter(nn.Module):
     def forward(self, hidden_TH: Tensor, context: RouterContext | None = None) -> Routing:
         """Route T tokens; the maths runs in fp32 or wider."""
         logits_TE = gates.linear_logits(hidden_TH, self.weight)
-        weights_TE, routing_map_TE = gates.relu(logits_TE)
+        weights_TE, routing_map_TE = gates.relu(logits_TE, self.threshold)
         routing = Routing(weights_TE, routing_map_TE, logits_TE)
         if self.scale is not None:
             normalized_TE = gates.rms_normalized(weights_TE, self.scale, self.eps)
