@@ -64,7 +64,7 @@ def logits_of(decoding, model, text_BS, mask_BS, steps):
     prompt = text_BS[:, :-steps]
     logits = [decoding.begin(model, prompt, None if mask_BS is None else mask_BS[:, : prompt.shape[1]]).clone()]
     for place in range(prompt.shape[1], text_BS.shape[1] - 1):
-        step_mask_B = None if mask_BS is None or place % 2 else torch.tensor([True, place < 7, True])
+        step_mask_B = None if mask_BS is None or place % 2 else torch.tensor([True, place < 7, True]).to(mask_BS.device)
         logits.append(decoding.step(model, text_BS[:, place], step_mask_B).clone())
     return torch.stack(logits)
 

@@ -131,11 +131,18 @@ def test_a_plan_is_plain_values():
 def test_relu_routing_starts_with_half_of_all_experts_and_top_k_does_not():
     workload = Workload(sequence_length=1024, micro_batch_size=16, precision="bf16")
     relu, topk, four = (
-        plan(paper(**settings), workload).memory
+        plan(paper(**settings, kernels="grouped_mm"), workload).memory
         for settings in ({}, {"router": "topk"}, {"router": "topk", "top_k": 4})
     )
     assert relu.activations == topk.activations == topk.activations_at_start
     assert relu.activations_at_start == four.activations > 1.3 * relu.activations
+
+
+def test_chunks_bound_the_memory_of_the_dense_start():
+    workload = Workload(sequence_length=1024, micro_batch_size=32, precision="bf16")
+    chunked, kept = (plan(paper(kernels=kernels), workload).memory for kernels in ("auto", "grouped_mm"))
+    assert chunked.activations == kept.activations
+    assert chunked.activations_at_start < 1.15 * chunked.activations < kept.activations_at_start
 
 
 def test_activation_checkpointing_is_estimated_to_take_less():

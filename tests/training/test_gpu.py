@@ -90,6 +90,7 @@ def test_training_attention_runs_in_the_flash_kernel(config, batch):
 @pytest.mark.parametrize("router", ["relu", "topk"])
 def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager_ones(config, batch, router, speed):
     exact = stepper_of(config, model={"router": router}, train=STEADY["train"])
+    start = {name: weight.detach().clone() for name, weight in exact.weights.items()}
     fast = stepper_of(config, model={"router": router}, train=STEADY["train"] | speed)
     ahead = RunAhead(fast, fast.run, Rows((64, 64), (64, 64), (1, 1), (64, 64), (1, 64)))
     expected = [Readout(exact.run(batch, step)).read() for step in range(1, 7)]
@@ -101,11 +102,13 @@ def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager
         assert found["grad_norm"] == pytest.approx(values["grad_norm"], rel=5e-2)
         assert (found["overflowed"], found["skipped"]) == (0, 0)
     for name, weight in fast.weights.items():
-        torch.testing.assert_close(weight, exact.weights[name], rtol=0, atol=0.03, msg=name)  # six steps of up to 0.01
+        distance = (weight - exact.weights[name]).norm() / (start[name] - exact.weights[name]).norm()
+        assert distance < 0.15, name  # a step left out or taken twice moves it by one of six
 
 
 def test_drawn_numbers_differ_from_replay_to_replay(config, batch):
-    stepper = stepper_of(config, model={"router": "sparsemixer"}, **with_train(cuda_graphs=True))
+    router = {"name": "sparsemixer", "jitter": 1.0}  # every expert is near enough to be drawn
+    stepper = stepper_of(config, model={"router": router}, **with_train(cuda_graphs=True))
     stepper.row_capacities = (64, 64)
     counts = [stepper.run(batch, step)["max_tokens"].tolist() for step in range(1, 9)]
     assert any(others != counts[0] for others in counts[1:])
@@ -113,7 +116,7 @@ def test_drawn_numbers_differ_from_replay_to_replay(config, batch):
 
 LARGE = {
     "vocab_size": 8192, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4,
-    "intermediate_size": 2048, "num_experts": 8,
+    "intermediate_size": 2048, "num_experts": 8, "init_std": 0.006,
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def chunked(problem: Problem, routing: Routing) -> Forward:
     """As a model's layer is by default: rows above what its steady state needs are worked off in chunks."""
     experts = _experts(problem)
     experts.kept_rows_per_token = _kept_rows_per_token(problem.shape)
-    if problem.shape.num_pairs <= experts.kept_rows_per_token * problem.shape.num_tokens:
+    if problem.shape.num_pairs <= experts.row_cap(problem.shape.num_tokens):
         raise NotApplicable("no more rows than a layer keeps: the same as without chunks")
     return _layer(problem, routing, experts)
 

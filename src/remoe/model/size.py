@@ -14,6 +14,7 @@ from remoe.model.config import ReMoEConfig, router_without_values
 from remoe.model.recompute import recomputation
 from remoe.moe import RouterContext, build_router
 from remoe.moe.cells import share_cell
+from remoe.moe.experts import row_cap
 from remoe.moe.routers import router_class
 
 
@@ -216,7 +217,7 @@ def _active_at_start(config: ReMoEConfig) -> int:
 def _activations(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
     """Bytes kept for the backward pass plus the largest temporary: the loss, or one layer's backward pass.
 
-    As on a GPU; on a CPU each norm keeps one more copy of its input.
+    As on a GPU; on a CPU each norm keeps one more copy of its input, and more rows than the cap are kept all the same.
     """
     moe_layers = config.num_moe_layers
     dense_layers = config.num_layers - moe_layers
@@ -267,8 +268,21 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
 
 
 def _pair_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
-    """A token's rows: their pre-activations and lists."""
-    return active_experts * (workload.compute_bytes * 2 * config.moe.expert_size + 3 * 8)
+    """A token's rows: their lists, and their pre-activations unless the rows are worked off in chunks."""
+    is_chunked = _rows_at_once(config, workload, active_experts) < active_experts
+    return active_experts * (3 * 8 + (0 if is_chunked else _up_bytes(config, workload)))
+
+
+def _up_bytes(config: ReMoEConfig, workload: Workload) -> int:
+    """A row's pre-activations."""
+    return workload.compute_bytes * 2 * config.moe.expert_size
+
+
+def _rows_at_once(config: ReMoEConfig, workload: Workload, active_experts: int) -> float:
+    """A token's rows of which a layer's kernels hold the values at the same time: no more than the cap."""
+    if config.is_post_norm or config.kernels not in ("auto", "triton"):
+        return active_experts
+    return min(active_experts, row_cap(config.moe.kept_rows_per_token, workload.num_tokens) / workload.num_tokens)
 
 
 def _expert_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
@@ -295,7 +309,8 @@ def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
     moe = config.moe
     combined = 4 * moe.hidden_size if workload.precision == "bf16" else 0
     row = workload.compute_bytes * (3 * moe.hidden_size + 3 * moe.expert_size) + combined
-    return active_experts * row
+    rows = _rows_at_once(config, workload, active_experts)
+    return round(rows * (row + (_up_bytes(config, workload) if rows < active_experts else 0)))
 
 
 def _loss_bytes(config: ReMoEConfig, workload: Workload) -> int:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from remoe.config import check_choice, check_range, config_class, setting
+from remoe.config import check_choice, check_size, config_class, setting
 from remoe.errors import ConfigError
 from remoe.kernels.expert_mlp import backends
+
+_KEPT_ROWS = 1.5  # times k rows a token: more than a router in its steady state uses, far less than all experts
 
 
 @config_class
@@ -26,10 +28,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.router, str) and "name" not in self.router:
             raise ConfigError(f"router is {self.router!r}, must be a name or {{name: NAME, option: value, ...}}")
-        check_range("hidden_size", self.hidden_size, 1)
-        check_range("intermediate_size", self.intermediate_size, 1)
-        check_range("num_experts", self.num_experts, 1)
-        check_range("granularity", self.granularity, 1)
+        for key in ("hidden_size", "intermediate_size", "num_experts", "granularity"):
+            check_size(key, getattr(self, key))
         check_choice("experts", self.experts, ("swiglu", "relu"))
         check_choice("kernels", self.kernels, backends.NAMES)
         if not 0 <= self.dropout < 1:
@@ -69,3 +69,8 @@ class MoEConfig:
         if isinstance(self.router, str):
             return {}
         return {key: value for key, value in self.router.items() if key != "name"}
+
+    @property
+    def kept_rows_per_token(self) -> float:
+        """Rows that swiglu experts keep for the backward pass, a token; with more they work in chunks."""
+        return _KEPT_ROWS * self.routed_top_k

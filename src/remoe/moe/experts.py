@@ -34,14 +34,15 @@ class GroupedExperts(nn.Module):
         """
         dtype = compute_dtype(hidden_TH)
         gate_up_proj, down_proj = (own_part(matrices).to(dtype) for matrices in (self.gate_up_proj, self.down_proj))
-        row_cap = self._row_cap(hidden_TH.shape[0])
+        row_cap = self.row_cap(hidden_TH.shape[0])
         out_TH, _ = expert_mlp(
             hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists, row_cap, self.kernels
         )
         return out_TH
 
-    def _row_cap(self, num_tokens: int) -> int:
-        return max(_ROWS_OF_NO_CONCERN, int(self.kept_rows_per_token * num_tokens)) if self.kept_rows_per_token else 0
+    def row_cap(self, num_tokens: int) -> int:
+        """Rows that a call of so many tokens keeps; with more it works in chunks of so many. 0: any number."""
+        return row_cap(self.kept_rows_per_token, num_tokens) if self.kept_rows_per_token else 0
 
 
 class MergedExperts(GroupedExperts):
@@ -61,6 +62,11 @@ class MergedExperts(GroupedExperts):
         gates_T1 = plan.counted_T[:, None].to(weights_TE.dtype)
         out_TH, _ = expert_mlp(hidden_TH.to(dtype), gates_T1, gate_up_J2FH, down_JHF, *one_expert)
         return out_TH
+
+
+def row_cap(kept_rows_per_token: float, num_tokens: int) -> int:
+    """Rows that a call keeps for its backward pass, so many a token but never few."""
+    return max(_ROWS_OF_NO_CONCERN, int(kept_rows_per_token * num_tokens))
 
 
 def compute_dtype(hidden_TH: Tensor) -> torch.dtype:

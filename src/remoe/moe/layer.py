@@ -13,7 +13,6 @@ from remoe.moe.relu_experts import ReLUExperts
 from remoe.moe.routers import build_router, option_names
 from remoe.moe.routing import RouterContext, Routing
 
-_KEPT_ROWS = 1.5  # times k rows a token: more than a router in its steady state uses, far less than all experts
 _FEW_PAIRS = 65536  # lists and rows of so many pairs cost little: allocate for all of them rather than wait
 
 
@@ -74,5 +73,5 @@ def _build_experts(config: MoEConfig, kind: str) -> GroupedExperts | ReLUExperts
     if config.experts == "relu":
         return ReLUExperts(*sizes, dropout=config.dropout)
     experts = GroupedExperts(*sizes, init_std=config.init_std)
-    experts.kernels, experts.kept_rows_per_token = config.kernels, _KEPT_ROWS * config.routed_top_k
+    experts.kernels, experts.kept_rows_per_token = config.kernels, config.kept_rows_per_token
     return experts

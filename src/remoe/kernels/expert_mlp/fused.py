@@ -94,21 +94,23 @@ def backward(
     is_whole = _is_whole(call, row_cap)
     grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
     grad_weights_TE = torch.zeros_like(weights_TE)
-    grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+    grad_gate_up: Tensor | None = None
+    grad_down: Tensor | None = None
     for chunk in call.chunks(0 if is_whole else row_cap):
         up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
         if not is_whole:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
-        _weight_grad(call, chunk, grad_y, act_NF, grad_down)
+        grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, grad_down)
         del act_NF, grad_y
-        _weight_grad(call, chunk, grad_up_N2F, _Source(call, chunk, hidden_TH), grad_gate_up)
+        x = _Source(call, chunk, hidden_TH)
+        grad_gate_up = _weight_grad(call, chunk, grad_up_N2F, x, call.choices.grad_up, grad_gate_up)
+        del x
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
         _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
-    if call.num_rows == 0:
-        for gradient in (grad_x_TH, grad_gate_up, grad_down):
-            gradient.zero_()
+    if grad_gate_up is None or grad_down is None:  # no rows at all
+        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))
     return grad_x_TH.to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
 
 
@@ -224,22 +226,25 @@ def _rows_matmul(
     return out
 
 
-def _weight_grad(call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, out: Tensor) -> None:
-    """out[e] = left^T right over the expert's rows; added to what earlier chunks wrote of the same expert."""
-    tiles = call.choices.grad_down if isinstance(left, _Source) else call.choices.grad_up
+def _weight_grad(
+    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: Tiles | None,
+    sum_so_far: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """out[e] = left^T right over the expert's rows; over several chunks added up in the tensor of the first."""
     if tiles is None and chunk.size == call.num_rows:
-        _grouped_weight_grad(call, chunk, left, right, out)
-        return
+        return _grouped_weight_grad(call, chunk, left, right)
     tiles = tiles or _WEIGHT_GRAD_OF_CHUNKS
-    _, num_left, num_right = out.shape
-    num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
     left_rows, left_blocks, gathers_left = _side(left, tiles.k, tiles.m)
     right_rows, right_blocks, gathers_right = _side(right, tiles.k, tiles.n)
+    num_left, num_right = left_rows.shape[1], right_rows.shape[1]
+    out = left_rows.new_empty((call.num_experts, num_left, num_right)) if sum_so_far is None else sum_so_far
+    num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
     matmul.weight_grad_kernel[(num_m * num_n, call.num_experts)](
         left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3], out, num_left, num_right,
         chunk.first, chunk.size, num_m, num_n,
         GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right, **tiles.constants(out.dtype),
     )  # fmt: skip
+    return out
 
 
 def _side(side: "Tensor | _Source", rows: int, columns: int) -> tuple[Tensor, TensorDescriptor | None, bool]:
@@ -249,14 +254,15 @@ def _side(side: "Tensor | _Source", rows: int, columns: int) -> tuple[Tensor, Te
     return side.tensor, side.blocks(rows, columns), side.is_gathered
 
 
-def _grouped_weight_grad(
-    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, out: Tensor
-) -> None:
+def _grouped_weight_grad(call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source) -> Tensor:
     left_NM = left.rows if isinstance(left, _Source) else left
     right_NK = right.rows if isinstance(right, _Source) else right
-    is_idle_E11 = (call.lists[3].diff() == 0)[:, None, None]  # an empty group may leave its slice unwritten
-    product = F.grouped_mm(left_NM.t(), right_NK, offs=_ends(call, chunk))
-    out.copy_(product.masked_fill_(is_idle_E11, 0))
+    out = F.grouped_mm(left_NM.t(), right_NK, offs=_ends(call, chunk))
+    block = 4096
+    rows.zero_idle_kernel[(call.num_experts, triton.cdiv(out[0].numel(), block))](
+        out, call.lists[3], out[0].numel(), BLOCK=block
+    )
+    return out
 
 
 def _ends(call: Call, chunk: Chunk) -> Tensor:

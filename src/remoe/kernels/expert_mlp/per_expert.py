@@ -23,11 +23,11 @@ def forward(
     hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See remoe::expert_mlp."""
-    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    bounds, (token_N, pair_N, row_N, token_offsets) = _without_tail(lists)
     x_NH = hidden_TH.index_select(0, token_N)
-    up_N2F = x_NH.new_empty((x_NH.shape[0], gate_up_proj.shape[1]))
+    up_N2F = x_NH.new_empty((lists[0].shape[0], gate_up_proj.shape[1]))
     y_NH = torch.empty_like(x_NH)
-    for expert, rows in _segments(expert_offsets):
+    for expert, rows in _segments(bounds):
         torch.mm(x_NH[rows], gate_up_proj[expert].t(), out=up_N2F[rows])
         gate, up = up_N2F[rows].chunk(2, dim=-1)
         torch.mm(F.silu(gate).mul_(up), down_proj[expert].t(), out=y_NH[rows])
@@ -40,18 +40,15 @@ def backward(
     gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp_backward. The gate's gradient is <dA, a> with a recomputed, so that y is never kept."""
-    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
+    bounds, (token_N, pair_N, row_N, token_offsets) = _without_tail(lists)
     x_NH = hidden_TH.index_select(0, token_N)
     grad_y_NH = grad_out_TH.index_select(0, token_N)
     weights_N = weights_TE.flatten().index_select(0, pair_N)
     scale_N1 = weights_N[:, None].to(x_NH.dtype)
     scaled_x_NH, scaled_grad_y_NH = x_NH * scale_N1, grad_y_NH * scale_N1  # H is narrower than F: weigh here
     grad_weights_N, grad_x_NH = torch.empty_like(weights_N), torch.empty_like(x_NH)
-    grad_gate_up, grad_down = (
-        _with_idle_zeroed(gate_up_proj, expert_offsets),
-        _with_idle_zeroed(down_proj, expert_offsets),
-    )
-    for expert, rows in _segments(expert_offsets):
+    grad_gate_up, grad_down = (_with_idle_zeroed(weight, lists[3]) for weight in (gate_up_proj, down_proj))
+    for expert, rows in _segments(bounds):
         grad_act = grad_y_NH[rows] @ down_proj[expert]
         act, grad_up = _swiglu_backward(up_N2F[rows], grad_act)
         grad_weights_N[rows] = _row_dots(grad_act, act).to(weights_N.dtype)
@@ -64,9 +61,16 @@ def backward(
     return grad_hidden_TH, grad_weights_TE, grad_gate_up, grad_down
 
 
-def _segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, with their place; on a GPU this waits for the counts."""
+def _without_tail(lists: Lists) -> tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Where experts begin, and the lists without entries past the last pair; on a GPU this waits for the counts."""
+    token_N, pair_N, row_N, expert_offsets, token_offsets = lists
     bounds = cast(list[int], expert_offsets.tolist())  # pyright: ignore[reportUnknownMemberType]
+    end = bounds[-1]
+    return bounds, (token_N[:end], pair_N[:end], row_N[:end], token_offsets)
+
+
+def _segments(bounds: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, with their place."""
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
             yield expert, slice(first, last)

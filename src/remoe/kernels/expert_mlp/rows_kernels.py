@@ -1,4 +1,4 @@
-"""Triton kernels that move rows: the tile map, tokens to rows, rows back to tokens, SwiGLU's gradient.
+"""Triton kernels that move rows: the tile map, tokens to rows, rows back to tokens, SwiGLU's gradient, zeros.
 
 All read the number of rows on the device; rows are counted from `first_row`, the first of the chunk at hand.
 """
@@ -109,3 +109,12 @@ def swiglu_bwd_kernel(
         tl.store(grad_up_ptr + at_up, grad_gate.to(dtype), mask=inside)
         tl.store(grad_up_ptr + at_up + F, (grad_act * silu).to(dtype), mask=inside)
     tl.store(grad_weights_ptr + pair_R, grad_weight_R.to(grad_weights_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def zero_idle_kernel(out_ptr, offsets_ptr, size, BLOCK: tl.constexpr):
+    """out[e] [size] = 0 for experts without rows, which torch's grouped product may leave unwritten."""
+    expert = tl.program_id(0)
+    if tl.load(offsets_ptr + expert) == tl.load(offsets_ptr + expert + 1):
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out_ptr + expert.to(tl.int64) * size + at, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < size)
