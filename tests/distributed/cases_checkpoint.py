@@ -1,5 +1,6 @@
 """Checkpoints that one number of processes writes and another reads, in any two layouts."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import world_size
+from remoe.errors import NoRoomError
 from remoe.model import ReMoEForCausalLM
 from remoe.training import TrainConfig, checkpoint
+from remoe.training.saving import CheckpointSaver, Kept
 from remoe.training.step import Stepper
 
 SIZES = {
@@ -80,11 +83,40 @@ def layouts() -> dict[str, dict[str, int]]:
 
 
 def save() -> None:
-    """Write the values of seed 1 in each layout."""
+    """Write the values of seed 1 in each layout; they change as soon as training could go on."""
     for name, parallel in layouts().items():
         ranks, values = tensors(1, **parallel)
         folder = Path(os.environ["FOLDER"]) / f"{world_size()} {name}"
-        checkpoint.write(folder, values, {"step": 3, "config": {}}, ranks)
+        with CheckpointSaver(folder, ranks, print) as saver:
+            saver.save(values, {"step": 3, "config": {}}, Kept(1, None))
+            for value in values.values():
+                local = value.detach()
+                (local.to_local() if isinstance(local, DTensor) else local).zero_()
+
+
+def full_disk() -> list[Any]:
+    """What each rank says where the last one's disk is full, and what there is then."""
+    ranks, values = tensors(1)
+    folder = Path(os.environ["FOLDER"]) / "full"
+    original = os.fsync
+    with CheckpointSaver(folder, ranks, print) as saver:
+        saver.save(values, {"step": 1, "config": {}}, Kept(1, None), wait=True)
+        saver.save(values, {"step": 2, "config": {}}, Kept(1, None))
+        saver.wait()
+        os.fsync = fail if ranks.index == ranks.size - 1 else original
+        saver.save(values, {"step": 3, "config": {}}, Kept(1, None))
+        try:
+            saver.wait()
+        except NoRoomError as error:
+            return [str(error).split("could not be written: ")[1], sorted(path.name for path in folder.iterdir())]
+        finally:
+            os.fsync = original
+    return []
+
+
+def fail(file: int) -> None:
+    """A full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def load() -> dict[str, float]:
@@ -100,4 +132,4 @@ def load() -> dict[str, float]:
     return differences
 
 
-CASES: dict[str, Callable[[], Any]] = {"save": save, "load": load}
+CASES: dict[str, Callable[[], Any]] = {"save": save, "load": load, "full_disk": full_disk}

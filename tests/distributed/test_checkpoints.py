@@ -34,6 +34,15 @@ def test_one_or_two_processes_read_what_one_or_two_wrote_in_any_layout(tmp_path:
     check(run(folder, 1, "load"), written=5, read=1)
 
 
+def test_a_full_disk_of_one_process_is_told_on_all_and_the_older_checkpoint_stays(tmp_path: Path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (said, left), (said_by_other, _) = run(folder, 2, "full_disk")
+    assert said.startswith("No space left on device; the last complete one is")
+    assert said_by_other.startswith("No space left on device; the last complete one is")
+    assert left == ["step_00000002"], "the first process cleans up"
+
+
 @pytest.mark.slow
 def test_four_processes_read_what_two_wrote_and_the_other_way_round(tmp_path: Path):
     folder = tmp_path / "saved"

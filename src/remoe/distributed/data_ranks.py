@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from datetime import timedelta
 from itertools import islice
 from typing import Any, cast
 
@@ -28,6 +30,13 @@ class DataRanks(Ranks):
         self.data_size, self.sequence_size = parallel.data_ranks, parallel.sequence_ranks
         self.size = self.data_size * self.sequence_size
         self.data_index, self.sequence_index = divmod(self.index, self.sequence_size)
+
+    def aside(self) -> "DataRanks":
+        other = copy(self)
+        other.group = cast(
+            dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=self.parallel.timeout))
+        )
+        return other
 
     def place(self, model: nn.Module, device: torch.device, param_dtype: torch.dtype | None) -> None:
         shard_model(model, self.meshes, self.parallel, param_dtype)
@@ -74,7 +83,7 @@ class DataRanks(Ranks):
         outcome: list[Any] = [None, None]
         if self.is_first:
             outcome = _outcome(action)
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[1], BaseException):
             raise outcome[1]
         return cast(Result, outcome[0])
@@ -89,7 +98,7 @@ class DataRanks(Ranks):
 
     def gather(self, value: Result) -> list[Result]:
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
 

@@ -1,10 +1,13 @@
 """What a trainer asks of the processes it runs on; `Ranks` is the answer of one that is alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -19,11 +22,17 @@ class Ranks:
     data_size = 1
     """Ranks with different rows of a batch; the others share the tokens of a sequence."""
     sequence_size = 1
+    group: "dist.ProcessGroup | None" = None
+    """What objects and files are exchanged through; None: the process group that all use."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what a run leaves on disk."""
         return self.index == 0
+
+    def aside(self) -> "Ranks":
+        """The same ranks for a thread: `on_first` and `gather` never wait for what others exchange meanwhile."""
+        return self
 
     def place(self, model: nn.Module, device: torch.device, param_dtype: torch.dtype | None) -> None:
         """Put the model where it is trained; `param_dtype` is what large matrices compute in, None: as they are."""

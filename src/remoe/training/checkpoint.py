@@ -187,7 +187,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) ->
         str(folder), fqn_to_index_mapping=_files(whole), save_distributed=True, enable_consolidation=False
     )
     with _own_errors(), _current_device_of(whole):
-        dcp.save(whole, storage_writer=writer, no_dist=ranks.size == 1)
+        dcp.save(whole, storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
 
 
 def _current_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[object]:
@@ -215,12 +215,12 @@ def _own_errors() -> Iterator[None]:
     """Silence torch's notice of running without a process group, and unwrap what it wraps once for each rank."""
     from torch.distributed.checkpoint import CheckpointException
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            yield
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
+    # for good: the list of filters is the process's, and this may be a thread beside others
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _entries(folder: Path, ranks: Ranks) -> dict[str, Any]:

@@ -113,6 +113,9 @@ class LoopConfig:
     validation_interval: int = setting(100, "steps between validations (also after the last step)")
     validation_batches: int = setting(20, "batches of one validation")
     checkpoint_interval: int = setting(100, "steps between checkpoints (also after the last step)")
+    async_checkpoint: bool = setting(
+        True, "write checkpoints while training goes on, from a copy in host memory; false: training waits, no copy"
+    )
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay, besides the best")
     flip_interval: int = setting(10, "steps between measurements of the routing's flip rate; 0: never")
     max_bad_steps: int = setting(10, "steps in a row without a finite loss after which the run stops")

@@ -16,6 +16,7 @@ CHANGEABLE = {
     "train.steps", "train.micro_batch_size", "train.device", "train.compile", "train.activation_checkpointing",
     "train.rows", "train.cuda_graphs",
     "train.log_interval", "train.validation_interval", "train.checkpoint_interval", "train.keep_checkpoints",
+    "train.async_checkpoint",
     "train.flip_interval", "train.max_bad_steps", "train.sinks",
 }  # fmt: skip
 """Settings that a resumed run may change: length, speed, place and logging, not model, data or optimizer."""

@@ -22,11 +22,15 @@ from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
 from remoe.training.resume import check_corpus, random_state, set_random_state
 from remoe.training.run import Run
+from remoe.training.saving import CheckpointSaver, Kept
 from remoe.training.schedule import learning_rate
 from remoe.training.signals import RunStoppedError, StopRequest
 from remoe.training.sinks import Sinks
 from remoe.training.step import Stepper
 from remoe.training.validation import evaluate
+
+SAVE_FAILED = 1 << 20
+"""Above all signals' numbers: a rank tells the others that the last checkpoint could not be written."""
 
 
 class Due(NamedTuple):
@@ -89,7 +93,7 @@ class Trainer:
         """Tell the routers of a fresh run how often each token occurs in its text, where they ask for it."""
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "a run's config is resolved"
-        router_hooks.prepare(self.stepper.routers, self.corpus.train, vocab_size)
+        router_hooks.prepare(self.stepper.routers, self.corpus.train, vocab_size, self.stepper.own_layers.start)
 
     def prepare_folder(self, overwrite: bool) -> None:
         """Make the run's folder hold what belongs to the steps done so far, and nothing else of ours."""
@@ -114,7 +118,8 @@ class Trainer:
         self.recorder = Recorder(self.config, file, sinks, self.reporter)
         self.reporter.start(self.config.name, self.config.train.steps, self.step)
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, CheckpointSaver(self.checkpoints, self.ranks, self.reporter.message) as saver:
+                self.saver = saver
                 self._take_steps(stop)
         finally:
             self.recorder.close()
@@ -126,16 +131,19 @@ class Trainer:
         with Prefetch(self._batch, steps, self.stepper.device) as batches:
             for step, batch in zip(steps, batches, strict=True):
                 finished = ahead.launch(batch, step)
-                number = self.ranks.largest_number(stop.number or 0)
+                number = self.ranks.largest_number(SAVE_FAILED if self.saver.has_failed else stop.number or 0)
                 if number or self._due(step).halt:
                     finished += ahead.settle()
                 for launched in finished:
                     self._finish(launched)
+                if number == SAVE_FAILED:
+                    self.saver.wait()
                 if number and self.step < self.config.train.steps:
                     self._stop(number)
 
     def _stop(self, number: int) -> None:
         self._save()
+        self.saver.wait()
         raise RunStoppedError(
             f"{self.path} was stopped by {signal.Signals(number).name} after step {self.step}; "
             "--resume goes on from there",
@@ -208,11 +216,9 @@ class Trainer:
             self.recorder.flush()
             self.recorder.file.sync()
             tensors = self.stepper.tensors() | random_state(self.stepper.device)
-            checkpoint.write(self.checkpoints, tensors, self._record(), self.ranks)
+            kept = Kept(self.config.train.keep_checkpoints, self.best["step"] if self.best else None)
+            self.saver.save(tensors, self._record(), kept, wait=not self.config.train.async_checkpoint)
             self.saved_step = self.step
-            best_step = self.best["step"] if self.best else None
-            keep = self.config.train.keep_checkpoints
-            self.ranks.on_first(lambda: checkpoint.prune(self.checkpoints, keep, best_step))
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -231,4 +237,6 @@ class Trainer:
             return None
         batches = validation_batches(self.corpus.validation, self.config.data.sequence_length, CALIBRATION_SEQUENCES, 1)
         config = self.config
-        return FlipMeter(self.stepper.model, next(batches), config.data.document_mask, config.train.precision)
+        return FlipMeter(
+            self.stepper.model, next(batches), config.data.document_mask, config.train.precision, self.ranks
+        )  # fmt: skip
