@@ -10,7 +10,6 @@ import torch
 from remoe.data import IndexedFile, IndexedWriter
 
 pytestmark = pytest.mark.heavy
-megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs the extra megatron")
 
 Corpus = list[list[list[int]]]
 VOCABULARIES = {"uint16": 50_257, "int32": 128_000}
@@ -22,6 +21,11 @@ CORPORA: dict[str, Corpus] = {
     "an empty sequence within a document": [[[1], [], [2, 3]]],
     "no document": [],
 }
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Any:
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs the extra megatron")
 
 
 def random_corpus(vocab_size: int) -> Corpus:
@@ -57,7 +61,7 @@ def write_ours(prefix: Path, corpus: Corpus, vocab_size: int) -> None:
             writer.add_document(np.array(joined(document), dtype=np.int64), lengths)
 
 
-def write_theirs(prefix: Path, corpus: Corpus, dtype: str) -> None:
+def write_theirs(megatron: Any, prefix: Path, corpus: Corpus, dtype: str) -> None:
     builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(np, dtype))
     for document in corpus:
         lengths = [len(sequence) for sequence in document]
@@ -69,17 +73,17 @@ def files(prefix: Path) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-def test_both_write_the_same_bytes(tmp_path: Path, corpus: Corpus, dtype: str, vocab_size: int):
+def test_both_write_the_same_bytes(megatron: Any, tmp_path: Path, corpus: Corpus, dtype: str, vocab_size: int):
     write_ours(tmp_path / "ours", corpus, vocab_size)
-    write_theirs(tmp_path / "theirs", corpus, dtype)
+    write_theirs(megatron, tmp_path / "theirs", corpus, dtype)
     assert files(tmp_path / "ours") == files(tmp_path / "theirs")
 
 
-def test_megatron_picks_the_type_that_we_pick(dtype: str, vocab_size: int):
+def test_megatron_picks_the_type_that_we_pick(megatron: Any, dtype: str, vocab_size: int):
     assert megatron.DType.optimal_dtype(vocab_size).__name__ == dtype
 
 
-def test_megatron_reads_ours(tmp_path: Path, dtype: str, vocab_size: int):
+def test_megatron_reads_ours(megatron: Any, tmp_path: Path, dtype: str, vocab_size: int):
     corpus = [document for document in random_corpus(vocab_size) if document]
     write_ours(tmp_path / "ours", corpus, vocab_size)
     dataset: Any = megatron.IndexedDataset(str(tmp_path / "ours"))
@@ -91,19 +95,19 @@ def test_megatron_reads_ours(tmp_path: Path, dtype: str, vocab_size: int):
     assert np.diff(dataset.document_indices).tolist() == [len(document) for document in corpus]
 
 
-def test_we_read_megatrons(tmp_path: Path, corpus: Corpus, dtype: str):
-    write_theirs(tmp_path / "theirs", corpus, dtype)
+def test_we_read_megatrons(megatron: Any, tmp_path: Path, corpus: Corpus, dtype: str):
+    write_theirs(megatron, tmp_path / "theirs", corpus, dtype)
     file = IndexedFile(tmp_path / "theirs")
     assert [file.document(i).tolist() for i in range(file.num_documents)] == [joined(document) for document in corpus]
     assert file.sequence_lengths.tolist() == [len(sequence) for document in corpus for sequence in document]
     assert file.dtype == np.dtype(dtype)
 
 
-def test_a_file_merged_by_megatron_is_read(tmp_path: Path, dtype: str):
+def test_a_file_merged_by_megatron_is_read(megatron: Any, tmp_path: Path, dtype: str):
     parts = {"first": CORPORA["several sequences a document"], "second": CORPORA["an empty document"]}
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "merged.bin"), dtype=getattr(np, dtype))
     for name, part in parts.items():
-        write_theirs(tmp_path / name, part, dtype)
+        write_theirs(megatron, tmp_path / name, part, dtype)
         builder.add_index(str(tmp_path / name))
     builder.finalize(str(tmp_path / "merged.idx"))
     file = IndexedFile(tmp_path / "merged")

@@ -1,0 +1,1 @@
+"""Our routers, losses and sparsity controller inside other trainers."""
