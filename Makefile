@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-all: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,dev]' 'lm_eval[hf]'
 	touch $@
 
 demo: setup  ## train ReLU, Top-K and dense on text that Python ships; writes one HTML report

@@ -1,44 +1,80 @@
-"""`remoe eval`: how well a model predicts text it has not seen, per domain."""
+"""`remoe eval`: how well a model predicts text it has not seen, per domain, or does on tasks of lm-eval."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from remoe.cli.options import AsJson, RunPath
-from remoe.cli.table import number, table
+from remoe.cli.options import AsJson, RunPath, words
+from remoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from remoe.data import DataConfig
-    from remoe.eval import Evaluation
+
+DATA = "text to score, by default the run's own validation text; with --tasks: a folder of their jsonl files"
+TASKS = "tasks of lm-evaluation-harness, or the groups remoe_seven and rmoe_five; comma-separated"
+LENGTH = "tokens read at once; by default the run's, and for an export 256 (with --tasks: 2048)"
 
 
 def eval_command(
     path: RunPath,
-    data: Annotated[str | None, Option(help="text to score; by default the run's own validation text")] = None,
-    sequences: Annotated[
-        int | None, Option(help="sequences to score; by default as many as the run's own", min=1)
-    ] = None,
-    sequence_length: Annotated[int | None, Option(help="tokens a sequence, for an export (256)", min=2)] = None,
+    data: Annotated[str | None, Option(help=DATA)] = None,
+    sequences: Annotated[int | None, Option(help="sequences to score; by default as many as the run's", min=1)] = None,
+    sequence_length: Annotated[int | None, Option(help=LENGTH, min=2)] = None,
+    tasks: Annotated[str | None, Option(help=TASKS)] = None,
+    num_fewshot: Annotated[int | None, Option(help="examples to show; by default the task's", min=0)] = None,
+    limit: Annotated[int | None, Option(help="documents of each task; by default all", min=1)] = None,
+    output: Annotated[Path | None, Option(help="a file for the harness's own JSON")] = None,
     batch_size: Annotated[int, Option(help="sequences of one forward pass", min=1)] = 16,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Loss, perplexity and bits per character on text."""
+    """Loss, perplexity and bits per character on text, or with --tasks the scores of lm-evaluation-harness."""
     import contextlib
     import json
     import sys
 
-    from remoe.errors import DataError
+    from remoe.cli.scores import task_table, text_table
+
+    if tasks is None:
+        _refuse("needs --tasks", {"--num-fewshot": num_fewshot, "--limit": limit, "--output": output})
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
+            scores = _text_scores(path, data, sequences, sequence_length, batch_size, device)
+        print(json.dumps(scores.to_dict(), indent=1) if as_json else text_table(scores))
+        return
+    _refuse("is for text, must be left out with --tasks", {"--sequences": sequences})
+    options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit}
+    with contextlib.redirect_stdout(sys.stderr):
+        results = _task_scores(path, words(tasks), data, options | {"batch_size": batch_size, "device": device})
+    text = json.dumps(results, indent=2, default=str)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text if as_json else task_table(results))
+
+
+def _refuse(why: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} {why}")
+
+
+def _task_scores(path: Path, tasks: list[str], data: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from remoe.eval.harness import HarnessConfig, evaluate_tasks
+
+    return evaluate_tasks(path, tasks, data, HarnessConfig(**options))
+
+
+def _text_scores(
+    path: Path, data: str | None, sequences: int | None, sequence_length: int | None, batch_size: int, device: str
+) -> Any:
     from remoe.eval import evaluate_checkpoint
 
     text = None if data is None else _held_out(path, data, sequence_length)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
-            result = evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
+        return evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
     except DataError as error:
         raise DataError(str(error).replace("data.validation", "--data")) if data else error from None
-    print(json.dumps(result.to_dict(), indent=1) if as_json else _text(result))
 
 
 def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig":
@@ -51,15 +87,3 @@ def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig
     run = run_of(path)
     own = run.config.data if run else DataConfig(tokenizer=str(path))
     return dataclasses.replace(own, validation=data, sequence_length=sequence_length or own.sequence_length)
-
-
-def _text(result: "Evaluation") -> str:
-    header = ("text", "loss", "perplexity", "bits/byte", "bits/character", "tokens")
-    scores = [*result.per_domain.items(), ("all", result.total)]
-    columns = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
-    rows = [
-        (name, *(f"{getattr(score, column):.4f}" for column in columns), f"{score.tokens:,}") for name, score in scores
-    ]
-    text = f"{table(header, rows)}\nactive experts per token: {number(result.active_experts, '.3f')}"
-    others = (f"\n\nevaluated as {way}:\n{_text(other)}" for way, other in result.others.items())
-    return text + "".join(others)

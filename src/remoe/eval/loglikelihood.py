@@ -54,7 +54,7 @@ def loglikelihoods(
     model: ReMoEForCausalLM,
     requests: Sequence[Request],
     config: ScoringConfig,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: Callable[[int], object] = lambda _: None,
 ) -> list[Answer]:
     """An answer a request, in their order. `on_batch` is told how many requests each forward pass has answered.
 
@@ -96,7 +96,8 @@ def _cut(request: Request, max_length: int) -> tuple[tuple[int, ...], tuple[int,
         )
     if len(continuation) > max_length:
         raise ConfigError(
-            f"max_length is {max_length}, must be at least {len(continuation)}: the longest continuation to score"
+            f"max_length is {max_length}, must be at least {len(continuation)}: so long is a continuation to score; "
+            "raise it (remoe eval: --sequence-length)"
         )
     return context[-(max_length + 1 - len(continuation)) :], continuation
 
