@@ -12,6 +12,7 @@ from remoe.cli.analyze import analyze_command
 from remoe.cli.bench import bench_app
 from remoe.cli.compare import compare_command
 from remoe.cli.demo import demo_command
+from remoe.cli.density import density_command
 from remoe.cli.eval import eval_command
 from remoe.cli.export import export_command
 from remoe.cli.failures import exit_code_of, spread_overrides
@@ -29,6 +30,7 @@ for name, command, example in (
     ("compare", compare_command, "remoe compare demo-relu --routers relu,topk,dense --seeds 0,1,2 --name routers"),
     ("eval", eval_command, "remoe eval runs/first-run --data held-out.txt"),
     ("analyze", analyze_command, "remoe analyze runs/first-run"),
+    ("density", density_command, "remoe density runs/first-run --choose 0.7 --to first-run-sparser"),
     ("generate", generate_command, "remoe generate runs/first-run --prompt 'def ' --temperature 0.8"),
     ("export", export_command, "remoe export runs/first-run --to first-run-export"),
     ("plan", plan_command, "remoe plan remoe-182m-relu --json"),

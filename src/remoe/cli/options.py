@@ -15,6 +15,8 @@ Overrides = Annotated[
 Root = Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of the runs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+THRESHOLD = "density dial: what every layer's router logits must be above, in place of the saved thresholds"
+
 RUNS = Path("runs")
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open_validation, validation_batches
 from remoe.errors import ConfigError
@@ -14,6 +14,7 @@ from remoe.model import ReMoEForCausalLM
 from remoe.training.config import TrainConfig
 from remoe.training.loading import config_of, find_checkpoint, is_export, load, load_checkpoint
 from remoe.training.run import TOKENIZER
+from remoe.training.saved import run_of
 from remoe.training.setup import pick_device
 from remoe.training.validation import evaluate
 
@@ -62,21 +63,52 @@ def evaluate_checkpoint(
     run's own tokenizer; of `data` with a validation text nothing else is read. Raises ConfigError, DataError or
     CheckpointError for what does not fit together.
     """
-    path = Path(path)
+    opened = open_model_and_text(Path(path), data, device)
+    batches = list(opened.sequences(num_sequences, batch_size))
+    return summarise(opened.evaluate(batches), _text_sizes(batches, opened.corpus))
+
+
+class Opened(NamedTuple):
+    """A saved model on its device, the settings to evaluate it with, and the text to do it on."""
+
+    model: ReMoEForCausalLM
+    config: TrainConfig
+    corpus: AnyText
+
+    def sequences(self, count: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first `count` sequences of validation text (one a domain at least), or as many as the run validates on.
+
+        There are fewer where the text runs out; the batch size changes nothing else.
+        """
+        count = count or self.config.train.validation_batches * self.config.train.batch_size
+        yield from _first_sequences(self.corpus, self.config.data.sequence_length, batch_size, count)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Mean losses and active experts as `training.validation.evaluate` gives them."""
+        is_on_gpu = next(self.model.parameters()).is_cuda
+        return evaluate(
+            self.model,
+            batches,
+            self.corpus.validation.domains,
+            document_mask=self.config.data.document_mask,
+            precision=self.config.train.precision if is_on_gpu else "fp32",
+        )
+
+
+def open_model_and_text(path: Path, data: DataConfig | None, device: str) -> Opened:
+    """What `evaluate_checkpoint` scores, with its errors."""
     target = pick_device(device)
     model, config = _open(path, data)
     corpus = open_corpus(config.data) if data is None else open_validation(config.data)
     _check_vocabulary(model, corpus, path)
-    sequences = num_sequences or config.train.validation_batches * config.train.batch_size
-    batches = list(_first_sequences(corpus, config.data.sequence_length, batch_size, sequences))
-    result = evaluate(
-        model.to(target),
-        batches,
-        corpus.validation.domains,
-        document_mask=config.data.document_mask,
-        precision=config.train.precision if target.type == "cuda" else "fp32",
-    )
-    return summarise(result, _text_sizes(batches, corpus))
+    return Opened(model.to(target), config, corpus)
+
+
+def text_beside(path: Path, text: str, sequence_length: int | None = None) -> DataConfig:
+    """The data settings of saved weights with `text` as validation text; an export has its tokenizer with it."""
+    run = run_of(path)
+    own = run.config.data if run else DataConfig(tokenizer=str(path))
+    return dataclasses.replace(own, validation=text, sequence_length=sequence_length or own.sequence_length)
 
 
 def summarise(result: dict[str, Any], sizes: dict[str, TextSize]) -> Evaluation:

@@ -10,7 +10,8 @@ from remoe.training.config import TrainConfig
 from remoe.training.metrics import Metrics, last_value, read_metrics
 
 CONFIG, METRICS, TOKENIZER, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tokenizer", "checkpoints"
-REPORT = ("report.html", "analysis.json", "report")
+DENSITY = "density.json"
+REPORT = ("report.html", "analysis.json", DENSITY, "report")
 OWN_ENTRIES = (CONFIG, METRICS, TOKENIZER, CHECKPOINTS, *REPORT, "tensorboard", "wandb")
 
 
