@@ -22,7 +22,7 @@ from typing import Any
 
 from torchrun_workers import workers_of
 
-TIMES = ("tokens_per_second", "step_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "slowest_rank", "slowest_ratio")
 STEPS, CHECKPOINT_INTERVAL = 60, 3
 LAYOUTS: dict[str, list[str]] = {
     "shards": [],

@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases_checkpoint
 import cases_exchange
 import cases_numbers
+import cases_pace
 import cases_ranks
 
 CASES: dict[str, Callable[[], Any]] = {
     **cases_checkpoint.CASES,
     **cases_exchange.CASES,
     **cases_numbers.CASES,
+    **cases_pace.CASES,
     **cases_ranks.CASES,
 }
 

@@ -89,7 +89,7 @@ def numbers() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """The lines of a run without the times: what must be the same bit for bit."""
 
     def strip(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        times = ("tokens_per_second", "step_seconds")
+        times = ("tokens_per_second", "step_seconds", "slowest_rank", "slowest_ratio")
         return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
     return strip

@@ -27,6 +27,11 @@ def test_missing_numbers_are_left_out_and_skipped_steps_shown():
     assert describe(line) == "valid 2.000  skipped 3"
 
 
+def test_a_process_that_holds_the_others_up_is_named():
+    assert describe({"slowest_rank": 3, "slowest_ratio": 1.52}) == "process 3 1.5x slower"
+    assert describe({"slowest_rank": 3, "slowest_ratio": 1.1}) == ""
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(5.9, "0:05"), (65, "1:05"), (3661, "1:01:01")])
 def test_clock_shows_minutes_and_hours(seconds, text):
     assert clock(seconds) == text

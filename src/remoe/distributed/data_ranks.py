@@ -64,6 +64,12 @@ class DataRanks(Ranks):
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return self.total({name: value / self.size for name, value in values.items()})
 
+    def collect(self, number: float, device: torch.device) -> Tensor:
+        numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+        numbers[dist.get_rank()].fill_(number)
+        dist.all_reduce(numbers)
+        return numbers
+
     def total_number(self, number: int) -> int:
         return _on_host(number, dist.ReduceOp.SUM)
 

@@ -57,6 +57,10 @@ class Ranks:
         """The means over ranks of device values."""
         return dict(values)
 
+    def collect(self, number: float, device: torch.device) -> Tensor:
+        """The numbers of all processes in their order, on the device and without waiting for it."""
+        return torch.full((1,), number, dtype=torch.float64, device=device)
+
     def total_number(self, number: int) -> int:
         """The sum over ranks of a number on the host."""
         return number

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 PLAIN_LINES = 20
 """About how many lines a run prints where there is no terminal."""
+STRAGGLES_FROM = 1.2
+"""A process whose own work takes this much longer than the median one's holds the others up: worth a word."""
 
 
 class Reporter(Protocol):
@@ -143,7 +145,12 @@ def describe(metrics: Mapping[str, Any]) -> str:
         ("", "tokens_per_second", "{:,.0f} tok/s"),
     )
     shown = ((label, form.format(metrics[key])) for label, key, form in parts if _is_worth_showing(metrics, key))
-    return "  ".join(f"{label} {text}".strip() for label, text in shown)
+    return "  ".join([*(f"{label} {text}".strip() for label, text in shown), *_straggler(metrics)])
+
+
+def _straggler(metrics: Mapping[str, Any]) -> list[str]:
+    ratio = metrics.get("slowest_ratio") or 0.0
+    return [f"process {metrics['slowest_rank']} {ratio:.1f}x slower"] if ratio >= STRAGGLES_FROM else []
 
 
 def clock(seconds: float) -> str:

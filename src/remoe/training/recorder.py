@@ -11,6 +11,7 @@ from remoe.errors import TrainingError
 from remoe.training.config import TrainConfig
 from remoe.training.metrics import Metrics, MetricsFile
 from remoe.training.objective import averages_layers
+from remoe.training.pace import slowest
 from remoe.training.progress import Reporter
 from remoe.training.readout import Readout
 from remoe.training.sinks import Sinks
@@ -113,6 +114,7 @@ def summarise(numbers: Numbers, known: Metrics, mode: str) -> Metrics:
     metrics["skipped"] = int(numbers["skipped"])
     metrics |= {name: over_layers(name, numbers.get(name), mode) for name in TERMS if name in numbers or name in ALWAYS}
     metrics["sparsity_coef"] = _mean(numbers.get("sparsity_coef"))
+    metrics |= slowest(numbers.get("rank_seconds"))
     layers = {name: numbers[name] for name in TERMS if name in numbers}
     if isinstance(numbers.get("sparsity_coef"), list):
         layers["sparsity_coef"] = numbers["sparsity_coef"]

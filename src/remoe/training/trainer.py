@@ -10,6 +10,7 @@ import torch
 
 from remoe.config import to_dict
 from remoe.data import Batch, Corpus, Sampler, validation_batches
+from remoe.distributed.world import world_size
 from remoe.training import checkpoint, router_hooks, run
 from remoe.training.ahead import Launched, RunAhead, row_policy
 from remoe.training.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
 from remoe.training.metrics import Metrics, MetricsFile, NoMetricsFile, cut_back
 from remoe.training.micro_batch import Values
+from remoe.training.pace import Pace
 from remoe.training.prefetch import Prefetch
 from remoe.training.progress import Reporter
 from remoe.training.recorder import Recorder
@@ -65,6 +67,7 @@ class Trainer:
         loop, length = config.train, config.data.sequence_length
         self.sampler = Sampler(corpus.train, length, loop.batch_size, config.seed)
         self.flips = self._flip_meter()
+        self.pace = Pace(stepper.model, stepper.device) if world_size() > 1 else None
 
     @property
     def checkpoints(self) -> Path:
@@ -129,6 +132,7 @@ class Trainer:
         steps = range(self.step + 1, self.config.train.steps + 1)
         ahead = RunAhead(self.stepper, self._train_on, row_policy(self.stepper))
         with Prefetch(self._batch, steps, self.stepper.device) as batches:
+            batches = self.pace.waiting_for(batches) if self.pace else batches
             for step, batch in zip(steps, batches, strict=True):
                 finished = ahead.launch(batch, step)
                 number = self.ranks.largest_number(SAVE_FAILED if self.saver.has_failed else stop.number or 0)
@@ -168,13 +172,21 @@ class Trainer:
             self._save()
 
     def _train_on(self, batch: Batch, step: int) -> Values:
-        if self.flips is None or not self._due(step).flips:
-            return self.stepper.run(batch, step)
+        due = self._due(step)
+        if not due.flips or self.flips is None:
+            return self._timed_step(batch, step) if due.log else self.stepper.run(batch, step)
         with self.recorder.paused():
             self.flips.before_step()
-        values = self.stepper.run(batch, step)
+        values = self._timed_step(batch, step)
         with self.recorder.paused():
             return values | self.ranks.average(self.flips.after_step())
+
+    def _timed_step(self, batch: Batch, step: int) -> Values:
+        if self.pace is None:
+            return self.stepper.run(batch, step)
+        with self.pace.measured():
+            values = self.stepper.run(batch, step)
+        return values | {"rank_seconds": self.ranks.collect(self.pace.seconds, self.stepper.device)}
 
     def _due(self, step: int) -> Due:
         loop = self.config.train
