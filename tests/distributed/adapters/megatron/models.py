@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from remoe.distributed.adapters.megatron import Routers, RouterSettings
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
@@ -46,23 +47,51 @@ class _Stream:
         return self
 
 
+class _OnCPU(TorchFunctionMode):
+    """Tensors that Megatron's schedules make on "cuda" come to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = CPU
+        return func(*args, **kwargs)
+
+
+def _on_host(tensor: Tensor | None, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's own reads numbers of rows only from a GPU."""
+    return tensor.numpy() if as_numpy and tensor is not None else tensor
+
+
 @contextlib.contextmanager
 def megatron_on_cpu(**sizes: int) -> Iterator[None]:
     """Megatron's groups over gloo, and stand-ins for the CUDA calls of its dispatcher and random states."""
     stream = _Stream()
-    stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "current_device": lambda: CPU}
+    stand_ins = {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "current_device": lambda: CPU,
+        "synchronize": lambda: None,
+    }  # fmt: skip
     tracker = tensor_parallel.get_cuda_rng_tracker()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_OnCPU())
         for name, value in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name in ((torch.cuda, "stream"), (tracker, "fork")):
             stack.enter_context(mock.patch.object(owner, name, return_value=contextlib.nullcontext()))
         for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
             stack.enter_context(mock.patch.object(tensor_parallel.random, name, return_value=None))
+        stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host))
         stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
         parallel_state.initialize_model_parallel(**sizes)
         stack.callback(parallel_state.destroy_model_parallel)
         yield
+
+
+class _Norm(torch.nn.RMSNorm):
+    """Megatron's own without TransformerEngine refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
 
 
 def megatron_config(**changes: Any) -> TransformerConfig:
@@ -73,7 +102,11 @@ def megatron_config(**changes: Any) -> TransformerConfig:
 def megatron_model(config: TransformerConfig, routers: Routers | None = None, **options: Any) -> GPTModel:
     """A GPT model with our routers in its MoE layers, or with Megatron's own; norms in the model's dtype."""
     torch.manual_seed(0)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    stage = {"vp_stage": options.get("vp_stage")}
+    spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization, **stage)
+    spec.layer_norm = _Norm
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _Norm
     spec = spec if routers is None else routers.layer_spec(spec)
     positions = {"position_embedding_type": "rope", "rotary_base": 10_000}
     model = GPTModel(
