@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median_low
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,20 +21,8 @@ from remoe.moe import MoE
 Item = TypeVar("Item")
 
 
-class Mark(Protocol):
-    """A moment of a device."""
-
-    def query(self) -> bool:
-        """Whether it has passed."""
-        ...
-
-    def elapsed_time(self, other: Any) -> float:
-        """Milliseconds from this moment to another."""
-        ...
-
-
 class HostMark:
-    """A moment of the host, which has always passed."""
+    """A moment of the host, with the methods of a CUDA event; it has always passed."""
 
     def __init__(self) -> None:
         self.seconds = time.perf_counter()
@@ -43,9 +31,9 @@ class HostMark:
         """True."""
         return True
 
-    def elapsed_time(self, other: "HostMark") -> float:
+    def elapsed_time(self, end_event: Any) -> float:
         """Milliseconds from this moment to another."""
-        return 1000 * (other.seconds - self.seconds)
+        return 1000 * (end_event.seconds - self.seconds)
 
 
 class Pace:
@@ -54,8 +42,8 @@ class Pace:
     def __init__(self, model: ReMoEForCausalLM, device: torch.device) -> None:
         self._device = device
         self._is_on = False
-        self._begun: list[Mark] = []
-        self._spans: list[tuple[Mark, Mark]] = []
+        self._begun: list[Any] = []
+        self._spans: list[tuple[Any, Any]] = []  # HostMarks or CUDA events
         self._waits: list[float] = []
         self._seconds = float("nan")
         for module in work_without_exchange(model):
@@ -94,7 +82,7 @@ class Pace:
         if self._is_on:
             self._spans.append((self._begun.pop(), self._mark()))
 
-    def _mark(self) -> Mark:
+    def _mark(self) -> Any:
         if self._device.type != "cuda":
             return HostMark()
         event = torch.cuda.Event(enable_timing=True)
@@ -104,7 +92,8 @@ class Pace:
 
 def work_without_exchange(model: ReMoEForCausalLM) -> Iterator[nn.Module]:
     """The modules of a model whose forward pass waits for no other process, once their parameters are there."""
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         yield from [attention] if getattr(attention, "sequence", WHOLE) is WHOLE else attention.children()
         yield mlp.experts if isinstance(mlp, MoE) else mlp

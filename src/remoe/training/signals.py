@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a request to stop after the current step; a second one stops at once."""
+"""SIGINT and SIGTERM as a request to stop after the current step; a second SIGINT stops at once.
+
+A second SIGTERM does nothing: schedulers send it to torchrun and to its workers, and torchrun passes it on.
+"""
 
 import signal
 import threading
@@ -38,13 +41,13 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._restore(*SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
+        self.number = self.number or number
+        self._restore(signal.SIGINT)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))  # pyright: ignore[reportArgumentType]
