@@ -1,13 +1,20 @@
 """YAML files and --set keys to frozen dataclasses and back; one message for whatever does not fit."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hints
 
 from remoe.errors import ConfigError, nearest, one_of
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 Config = TypeVar("Config")
+
+LARGEST_SIZE = 10**6
+"""Of a width or a number of layers, heads, experts, …: beyond any model, and the products of three still fit int64."""
 
 
 def setting(default: Any, help: str) -> Any:
@@ -72,10 +79,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """Build a config class from plain values, checking types, ranges and unknown keys (ConfigError)."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(dict(values))
     except ValidationError as error:
         raise ConfigError(_explain(cls, error.errors()[0])) from None
 
@@ -107,10 +114,10 @@ def describe_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]
 
 def check_type(key: str, value: Any, kind: Any) -> Any:
     """The value as the type asked for (a whole float as an int, say); ConfigError where it is not one."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         raise ConfigError(_misfit(key, error.errors()[0])) from None
 
@@ -123,10 +130,30 @@ def check_range(key: str, value: float, low: float, high: float = float("inf"), 
     raise ConfigError(f"{key} is {value}, must be {allowed}" + (f"; {fix}" if fix else ""))
 
 
+def check_size(key: str, value: int) -> None:
+    """Raise ConfigError unless 1 <= value <= LARGEST_SIZE."""
+    check_range(key, value, 1)
+    check_range(key, value, 1, LARGEST_SIZE)
+
+
+def check_positive(key: str, value: float, fix: str = "") -> None:
+    """Raise ConfigError unless value is a finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key} is {value}, must be above 0" + (f"; {fix}" if fix else ""))
+
+
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ConfigError unless the value is one of the allowed words; the message names the nearest."""
     if value not in allowed:
         raise ConfigError(f"{key} is {value!r}, {one_of(value, allowed)}")
+
+
+@functools.cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    """Building one takes longer than using it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _parse_scalar(override: str, text: str) -> Any:

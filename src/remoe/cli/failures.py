@@ -16,6 +16,7 @@ from remoe.errors import NoRoomError, OneRankError, RemoeError, nearest
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 INTERRUPTED = 128 + signal.SIGINT
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
@@ -36,7 +37,7 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except ClickException as error:
         return _usage(error)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM + NO_PATH:
             raise
         return _say(str(error), NoRoomError.exit_code)
 

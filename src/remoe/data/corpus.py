@@ -99,7 +99,7 @@ def _locate_one(key: str, entry: str | dict[str, Any], config: DataConfig) -> _F
     path = Path(given).expanduser()
     if path.suffix in (".bin", ".idx"):
         return _File(given, path.with_suffix(""), True, weight)
-    if not path.is_file() and any(beside(path, ending).exists() for ending in (".idx", ".bin")):
+    if path.name and not path.is_file() and any(beside(path, ending).exists() for ending in (".idx", ".bin")):
         return _File(given, path, True, weight)
     try:
         check_file(path, or_prefix=True)

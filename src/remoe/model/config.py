@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remoe.config import check_choice, check_range, config_class, setting
+from remoe.config import check_choice, check_positive, check_size, config_class, setting
 from remoe.errors import ConfigError
 from remoe.moe import MoEConfig, build_router
 
@@ -42,12 +42,11 @@ class ReMoEConfig:
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            check_range(f"model.{key}", getattr(self, key), 1)
+            check_size(f"model.{key}", getattr(self, key))
         if self.vocab_size is not None:
-            check_range("model.vocab_size", self.vocab_size, 1)
+            check_size("model.vocab_size", self.vocab_size)
         for key in ("rope_theta", "norm_eps", "init_std"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"model.{key} is {getattr(self, key)}, must be above 0")
+            check_positive(f"model.{key}", getattr(self, key))
         self._check_heads()
         self._check_block()
         self._check_layers()
@@ -63,6 +62,7 @@ class ReMoEConfig:
             raise ConfigError(
                 f"model.head_size is {self.head_width}, must be even and at least 2: rotary embeddings turn pairs"
             )
+        check_size("model.head_size", self.head_width)
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads is {self.num_kv_heads}, must divide model.num_heads = {self.num_heads}"
@@ -70,7 +70,7 @@ class ReMoEConfig:
 
     def _check_block(self) -> None:
         check_choice("model.block", self.block, ("pre_norm", "post_norm"))
-        check_range("model.attention_span", self.attention_span, 1)
+        check_size("model.attention_span", self.attention_span)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}, must be at least 0 and below 1")
         if not self.is_post_norm and self.dropout:

@@ -2,7 +2,7 @@
 
 import re
 
-from remoe.config import check_choice, check_range, config_class, setting
+from remoe.config import check_choice, check_positive, check_range, config_class, setting
 from remoe.data.config import DataConfig
 from remoe.distributed.config import ParallelConfig
 from remoe.errors import ConfigError
@@ -35,8 +35,7 @@ class OptimizerConfig:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"optimizer.{key} is {getattr(self, key)}, must be at least 0 and below 1")
-        if self.eps <= 0:
-            raise ConfigError(f"optimizer.eps is {self.eps}, must be above 0; try 1e-8")
+        check_positive("optimizer.eps", self.eps, fix="try 1e-8")
         check_range("optimizer.weight_decay", self.weight_decay, 0.0)
         check_range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
 
@@ -73,7 +72,7 @@ class SparsityConfig(UpdateRule):
         super().__post_init__()
         check_choice("sparsity.mode", self.mode, ("paper", "released"))
         check_choice("sparsity.loads", self.loads, ("data_ranks", "micro_batch", "previous_step"))
-        if self.multiplier <= 1:
+        if not 1 < self.multiplier < float("inf"):
             raise ConfigError(
                 f"sparsity.multiplier is {self.multiplier}, must be above 1: the coefficient could not grow; try 1.2"
             )

@@ -7,7 +7,7 @@ from typing import Any, cast, get_type_hints
 
 from torch import nn
 
-from remoe.config import check_range, check_type
+from remoe.config import LARGEST_SIZE, check_range, check_type
 from remoe.errors import ConfigError, nearest, one_of
 
 ROUTERS = {
@@ -50,6 +50,9 @@ def build_router(name: str, hidden_size: int, num_experts: int, top_k: int, **op
         raise ConfigError(f"router {name!r} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
     kinds = get_type_hints(cls.__init__)
     checked = {key: check_type(f"router option {key}", value, kinds.get(key, Any)) for key, value in options.items()}
+    for key, value in checked.items():
+        if isinstance(value, int | float) and key != "seed":
+            check_range(f"router option {key}", value, -LARGEST_SIZE, LARGEST_SIZE)
     return cls(hidden_size, num_experts, top_k, **checked)
 
 
