@@ -102,8 +102,11 @@ def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager
         assert found["grad_norm"] == pytest.approx(values["grad_norm"], rel=5e-2)
         assert (found["overflowed"], found["skipped"]) == (0, 0)
     for name, weight in fast.weights.items():
+        # A step left out or taken twice is one of six: a sixth of the way, and 0.41 of it where the steps have nothing
+        # in common, as a router's have (AdamW makes full steps of the small gradient that bf16 leaves of its own).
+        limit = 0.35 if ".router." in name else 0.15
         distance = (weight - exact.weights[name]).norm() / (start[name] - exact.weights[name]).norm()
-        assert distance < 0.15, name  # a step left out or taken twice moves it by one of six
+        assert distance < limit, name
 
 
 def test_drawn_numbers_differ_from_replay_to_replay(config, batch):

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from remoe.distributed.ranks import Ranks
 from remoe.errors import RemoeError
@@ -31,7 +33,7 @@ class CheckpointSaver:
         self._folder = folder
         self._ranks = ranks.aside()
         self._report = report
-        self._stager: Any = None
+        self._copies = HostCopies()
         self._written: Future[None] | None = None
 
     @property
@@ -57,22 +59,6 @@ class CheckpointSaver:
         if written is not None:
             written.result()
 
-    def _copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors in host memory, which is used again by the next checkpoint: pinned, for those of a GPU."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        if self._stager is None:
-            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=on_gpu,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=on_gpu,
-                )
-            )
-        return self._stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
-
     def _write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], kept: Kept) -> None:
         checkpoint.write(self._folder, tensors, record, self._ranks)
         self._ranks.on_first(lambda: checkpoint.prune(self._folder, kept.newest, kept.best_step))
@@ -91,5 +77,26 @@ class CheckpointSaver:
                 self._report(str(failure))
         finally:
             self._thread.shutdown()
-            if self._stager is not None:
-                self._stager.close()
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is used again by the next checkpoint: pinned, for those of a GPU."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the values as they are now; a DTensor's is one again, with this rank's part in host memory."""
+        copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return copies
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        host = self._memory.get(name)
+        if host is None or (host.shape, host.dtype) != (local.shape, local.dtype):
+            host = self._memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        host.copy_(local, non_blocking=True)
+        # from_local would move it to the mesh's device
+        return DTensor(host, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else host  # pyright: ignore

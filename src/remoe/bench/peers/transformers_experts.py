@@ -37,11 +37,13 @@ def _experts(problem: Problem, routing: Routing, implementation: str) -> Any:
     )
     if implementation != "eager" and not _has(implementation):
         raise NotApplicable(f"this transformers has no {implementation} experts")
+    if routing.index_TK is None and not _takes_gaps():
+        raise NotApplicable("transformers takes lists with gaps from 5.20 on")
     config._experts_implementation = implementation
     with torch.device("meta"):
         experts: Any = MixtralExperts(config)
     experts.gate_up_proj, experts.down_proj = problem.gate_up_proj, problem.down_proj
-    experts._is_expert_parallel = routing.index_TK is None  # from 5.20 on, only then is expert E a gap
+    experts._is_expert_parallel = routing.index_TK is None  # only then is expert E a gap
     return experts
 
 
@@ -49,6 +51,13 @@ def _has(implementation: str) -> bool:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return implementation in ALL_EXPERTS_FUNCTIONS.valid_keys()
+
+
+def _takes_gaps() -> bool:
+    from transformers import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return (int(major), int(minor)) >= (5, 20)
 
 
 def _forward(experts: Any, problem: Problem, routing: Routing) -> Forward:
