@@ -105,12 +105,29 @@ def test_export_is_a_model_that_loads_with_its_tokenizer(remoe, run_folder, tmp_
     outcome = remoe("export", run_folder, "--to", "out")
     assert outcome.code == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"model.safetensors", "config.json", "README.md", "remoe_tokenizer.json"}
+    for_transformers = {"modeling_remoe.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {"model.safetensors", "config.json", "README.md", "remoe_tokenizer.json"} | for_transformers
     run, export = package.load(run_folder), package.load(tmp_path / "out")
     assert all(value.equal(export.state_dict()[name]) for name, value in run.state_dict().items())
     generated = remoe("generate", "out", "--prompt", "Line", "--max-new-tokens", 4).out
     assert generated == remoe("generate", run_folder, "--prompt", "Line", "--max-new-tokens", 4).out
-    assert "router: relu" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_card_has_the_figures_of_the_run_up_to_the_exported_step(remoe, run_folder, tmp_path):
+    metrics = Run.open(run_folder).metrics()
+    remoe("export", run_folder, "--to", "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| validation loss | {metrics[-1]['valid_loss']:.4f} |" in card
+    assert f"| active experts a token, validation | {metrics[-1]['valid_active_experts']:.3f} |" in card
+    assert "| router | relu |" in card
+    assert "at step 4: 256 tokens of `text.txt` in sequences of 16" in card
+    assert str(run_folder) not in card
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["sparsity_coef"] == metrics[-1]["sparsity_coef"]
+    remoe("export", run_folder / "checkpoints" / "step_00000002", "--to", "early")
+    early = (tmp_path / "early" / "README.md").read_text()
+    assert "at step 2: 128 tokens" in early
+    assert "validation loss" not in early
 
 
 def test_export_writes_into_no_folder_that_holds_something(remoe, run_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""`remoe export`: a run's model as safetensors, with its config, tokenizer and a short model card."""
+"""`remoe export`: a run's model as a folder that loads with remoe and in transformers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,24 +12,27 @@ def export_command(
     path: RunPath,
     to: Annotated[Path, Option("--to", metavar="DIR", help="folder to write; must be new or empty")],
     overwrite: Annotated[bool, Option("--overwrite", help="write into a folder that holds files")] = False,
+    shard_gb: Annotated[float, Option(help="size of a weights file; larger models become several", min=0.001)] = 5.0,
 ) -> None:
     """Save a run's model as files.
 
-    Writes model.safetensors (sharded when large), config.json, the tokenizer's files and a short model card.
+    Writes the weights (safetensors), config.json, the tokenizer's files, a model card with the run's figures, and the
+    code with which transformers loads it where remoe is not installed.
     """
-    from remoe.cli.card import model_card
     from remoe.errors import ConfigError
-    from remoe.model.weights import save_model
-    from remoe.training import load
+    from remoe.export import missing_in_transformers, write_export
+    from remoe.training.loading import find_checkpoint, load, load_checkpoint
     from remoe.training.saved import run_of, tokenizer_of
 
     if to.exists() and not to.is_dir():
         raise ConfigError(f"--to is {to}, a file, must be a folder")
     if to.is_dir() and any(to.iterdir()) and not overwrite:
         raise ConfigError(f"--to is {to}, which holds files, must be new or empty; --overwrite writes into it")
-    model, tokenizer, run = load(path), tokenizer_of(path), run_of(path)
-    save_model(model, to)
-    tokenizer.save(to)
-    if run is not None:
-        (to / "README.md").write_text(model_card(run, to), encoding="utf-8")
+    run, tokenizer = run_of(path), tokenizer_of(path)
+    found = find_checkpoint(path) if run else None
+    model = load_checkpoint(found) if found else load(path)
+    write_export(model, tokenizer, to, run, found.step if found else None, shard_gb * 1e9)
     print(f"{to}: {', '.join(sorted(file.name for file in to.iterdir()))}")
+    reason = missing_in_transformers(model.config)
+    if reason is not None:
+        print(f"loads with remoe, not in transformers: {reason}")

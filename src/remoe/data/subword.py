@@ -31,6 +31,15 @@ class SubwordTokenizer:
         self.eod: int = next((vocabulary[token] for token in EOD_TOKENS if token in vocabulary), first_free)
         self.vocab_size: int = max(first_free, self.eod + 1)
 
+    @property
+    def eod_text(self) -> str:
+        """The end-of-document token as the library writes it; EOD_TEXT where it is an added one."""
+        return self._library.id_to_token(self.eod) or EOD_TEXT
+
+    def library_json(self) -> str:
+        """The tokenizer.json of the tokenizers library."""
+        return self._library.to_str()
+
     def encode(self, text: str) -> Ids:
         """See Tokenizer."""
         return self.encode_batch([text])[0]

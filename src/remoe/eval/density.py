@@ -13,9 +13,9 @@ from remoe.data import Batch, DataConfig
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.cut_costs import Cut, cheapest_density
 from remoe.eval.held_out import Opened, open_model_and_text
+from remoe.export import write_export
 from remoe.model import ReMoEForCausalLM
 from remoe.model.thresholds import set_thresholds
-from remoe.model.weights import save_model
 from remoe.moe import dial, stats
 from remoe.training.loading import load
 from remoe.training.saved import tokenizer_of
@@ -216,8 +216,7 @@ def save_at(point: DensityPoint, path: Path, to: Path) -> None:
     check_folder(to)
     model, tokenizer = load(path), tokenizer_of(path)
     set_thresholds(model, point.thresholds)
-    save_model(model, to)
-    tokenizer.save(to)
+    write_export(model, tokenizer, to)
 
 
 def check_folder(to: Path) -> None:

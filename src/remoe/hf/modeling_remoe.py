@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 ROUTER_OPTIONS: dict[str, dict[str, Any]] = {
-    "relu": {"normalize": False, "init_scale": 1.0, "eps": 1e-6},
+    "relu": {"normalize": False, "init_scale": 1.0, "eps": 1e-6, "bias": False},
     "topk": {"bias": False, "renormalize": False, "warmup_steps": 0, "warmup_top_k": None},
     "rmoe": {
         "state_size": 128, "cell": "gru", "projector": "layer", "bias": False, "cell_bias": True, "leak": 0.5,
@@ -115,6 +115,8 @@ class ReMoEConfig(PreTrainedConfig):
     def _check_support(self) -> None:
         if self.block != "pre_norm":
             raise ValueError(f"block is {self.block!r}, must be 'pre_norm' in transformers; remoe.load has the others")
+        if not any(self.is_moe_layer(layer_idx) for layer_idx in range(self.num_layers)):
+            return
         if self.router_name not in ROUTER_OPTIONS:
             names = ", ".join(ROUTER_OPTIONS)
             raise ValueError(f"router is {self.router_name!r}, must be one of {names} in transformers")
@@ -137,7 +139,7 @@ class ReMoEConfig(PreTrainedConfig):
     def router_options(self) -> dict[str, Any]:
         """All options of the router, defaults included."""
         given = {} if isinstance(self.router, str) else self.router
-        return ROUTER_OPTIONS[self.router_name] | {key: value for key, value in given.items() if key != "name"}
+        return ROUTER_OPTIONS.get(self.router_name, {}) | {key: value for key, value in given.items() if key != "name"}
 
     @property
     def is_relu_gated(self) -> bool:

@@ -1,0 +1,37 @@
+"""All files of an export."""
+
+from pathlib import Path
+
+from remoe.data.tokenizer import Tokenizer
+from remoe.export import tokenizer_files, transformers_files
+from remoe.export.card import model_card
+from remoe.model import ReMoEForCausalLM
+from remoe.model.weights import save_model
+from remoe.training.run import Run
+
+MAX_SHARD_BYTES = 5e9
+
+
+def write_export(
+    model: ReMoEForCausalLM,
+    tokenizer: Tokenizer,
+    folder: Path,
+    run: Run | None = None,
+    step: int | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Write weights, config, tokenizer, transformers' remote code and a model card; what was there is replaced.
+
+    `run` is the one that trained the model, for its figures up to `step`, that of the weights; None where there is
+    none. A model that transformers' classes do not have (`missing_in_transformers`) gets no remote code and loads with
+    remoe alone.
+    """
+    metrics = [row for row in run.metrics() if step is None or row["step"] <= step] if run else []
+    save_model(model, folder, max_shard_bytes)
+    tokenizer.save(folder)
+    if transformers_files.missing_in_transformers(model.config) is None:
+        transformers_files.write(model, tokenizer, folder, run, metrics)
+        tokenizer_files.write(tokenizer, folder)
+    else:
+        transformers_files.remove(folder)
+    (folder / "README.md").write_text(model_card(model, tokenizer, folder, run, metrics), encoding="utf-8")
