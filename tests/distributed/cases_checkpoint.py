@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from remoe.config import from_dict
+from remoe.distributed import launch
 from remoe.distributed.config import ParallelConfig, resolve_parallel
-from remoe.distributed.data_ranks import DataRanks
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import world_size
 from remoe.errors import NoRoomError
@@ -35,17 +36,23 @@ SIZES = {
 
 def tensors(seed: int, **parallel: Any) -> tuple[Ranks, dict[str, Tensor]]:
     """Everything a run saves, spread over all processes: weights, Adam's state, the coefficient, by the seed."""
-    resolved = resolve_parallel(ParallelConfig(**parallel), world_size())
-    ranks = DataRanks(resolved, torch.device("cpu")) if world_size() > 1 else Ranks()
+    ranks = joined(resolve_parallel(ParallelConfig(**parallel), world_size()))
     model = {"vocab_size": 33, "router": "recurrent_relu", **SIZES}
     config = from_dict(TrainConfig, {"model": model, "train": {"batch_size": 8, "device": "cpu"}})
     whole_model = ReMoEForCausalLM(config.model, seed=seed)
     values = {name: parameter.detach() * 2 for name, parameter in whole_model.named_parameters()}
     found = Stepper(config, whole_model, torch.device("cpu"), ranks).tensors()
     for name, value in values.items():
-        fill(found[f"optimizer.{name}.exp_avg"], value)
+        if f"optimizer.{name}.exp_avg" in found:  # a stage has some of the layers only
+            fill(found[f"optimizer.{name}.exp_avg"], value)
     found["sparsity.log_coef"].fill_(seed)
     return ranks, found
+
+
+@cache
+def joined(parallel: ParallelConfig) -> Ranks:
+    """The ranks of a layout: each has groups of its own, which cost time."""
+    return launch.join(parallel, torch.device("cpu"))
 
 
 def fill(target: Tensor, value: Tensor) -> None:
@@ -68,11 +75,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "experts": {"expert": 2},
     "copies": {"data_replicate": 2},
     "heads": {"tensor": 2},
+    "stages": {"pipeline": 2},
 }
 WITH_FOUR = {
     "copies with experts": {"data_replicate": 2, "expert": 2},
     "all experts": {"expert": 4},
     "heads with experts": {"tensor": 2, "expert": 4},
+    "stages with experts": {"pipeline": 2, "expert": 2},
 }
 
 

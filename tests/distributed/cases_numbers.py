@@ -25,11 +25,13 @@ from remoe.training.step import Stepper
 ROWS, LENGTH, VOCABULARY = 8, 16, 32
 DEVICE = launch.local_device(torch.device(os.environ.get("DEVICE", "cpu")))
 ROUTERS = ("relu", "topk", "recurrent_relu")
+TOLERANCE = 1e-5
 STAGES = {"dense": 2, "sparser": 26, "sparse": 60}
 """Steps after which a state is taken: before the L1 term acts, while it thins the experts out, at the target."""
 TWO = {
     "shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2},
     "context": {"context": 2}, "tensor": {"tensor": 2}, "context with experts": {"context": 2, "expert": 2},
+    "pipeline": {"pipeline": 2},
 }  # fmt: skip
 FOUR = {
     "shards": {},
@@ -41,6 +43,11 @@ FOUR = {
     "tensor": {"tensor": 2},
     "tensor with experts": {"tensor": 2, "expert": 4},
     "copies with context": {"data_replicate": 2, "context": 2},
+    "pipeline and shards": {"pipeline": 2},
+    "pipeline and copies": {"pipeline": 2, "data_replicate": 2},
+    "pipeline with experts": {"pipeline": 2, "expert": 2},
+    "pipeline with context": {"pipeline": 2, "context": 2},
+    "pipeline with tensor": {"pipeline": 2, "tensor": 2},
 }
 
 
@@ -54,7 +61,7 @@ def config(router: str, **changes: Any) -> TrainConfig:
     model = {
         "vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
         "intermediate_size": 16, "num_experts": 4, "init_std": 0.15, "router": router,
-    }  # fmt: skip
+    } | changes.pop("model", {})  # fmt: skip
     sections = {
         "optimizer": {"lr": 5e-3, "warmup_steps": 2, "clip": 0.0},
         "sparsity": {"multiplier": 1.7, "init": 1e-6},
@@ -82,7 +89,7 @@ def alone(built: TrainConfig) -> Stepper:
 
 def together(built: TrainConfig) -> Stepper:
     """This rank's part of the stepper of all processes."""
-    ranks = DataRanks(resolve_parallel(built.parallel, world_size()), DEVICE)
+    ranks = launch.join(resolve_parallel(built.parallel, world_size()), DEVICE)
     return Stepper(built, ReMoEForCausalLM(built.model, seed=1), DEVICE, ranks)
 
 
@@ -128,11 +135,12 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def compare(found: Stepper, expected: Stepper, step: int) -> dict[str, Any]:
     """How far apart loss, gradients and the weights after the step are; the names of gradients that only one has."""
     values, reference = take_step(found, step), take_step(expected, step)
-    pairs = list(zip(found.model.named_parameters(), expected.model.parameters(), strict=True))
-    lacking = [name for (name, ours), theirs in pairs if (ours.grad is None) != (theirs.grad is None)]
+    theirs = dict(expected.model.named_parameters())
+    pairs = [(name, ours, theirs[name]) for name, ours in found.model.named_parameters()]
+    lacking = [name for name, ours, theirs in pairs if (ours.grad is None) != (theirs.grad is None)]
     gradients = [
         (distance(ours.grad, theirs.grad), name)
-        for (name, ours), theirs in pairs
+        for name, ours, theirs in pairs
         if ours.grad is not None and theirs.grad is not None
     ]
     counts = [name for name in ("active", "total", "tokens", "max_tokens") if name in reference]
@@ -141,12 +149,12 @@ def compare(found: Stepper, expected: Stepper, step: int) -> dict[str, Any]:
         "lm_loss": distance(values["lm_loss"], reference["lm_loss"]),
         "grad_norm": distance(values["grad_norm"], reference["grad_norm"]),
         "gradient": max(gradients),
-        "weights": max(distance(ours.detach(), theirs.detach()) for (_, ours), theirs in pairs),
+        "weights": max(distance(ours.detach(), theirs.detach()) for _, ours, theirs in pairs),
         "lacking": lacking,
         "counts": all(values[name].tolist() == reference[name].tolist() for name in counts),
-        "coef": None if found.controller is None else found.controller.log_coef.item(),
-        "expected_coef": None if expected.controller is None else expected.controller.log_coef.item(),
-        "sparsity": 1 - (reference["active"].sum() / reference["total"].sum()).item(),
+        "coef": None if found.controller is None else found.controller.log_coef.tolist(),
+        "expected_coef": None if expected.controller is None else expected.controller.log_coef.tolist(),
+        "sparsity": 1 - (reference["active"].sum() / reference["total"].sum()).item() if counts else None,
     }
 
 
@@ -163,9 +171,11 @@ def some_cases() -> list[Case]:
     """Every layout, and every router with what is most likely to go wrong."""
     found = [("relu", name, False) for name in layouts()]
     found += [
-        ("recurrent_relu", name, True) for name in layouts() if name in ("shards", "experts", "context", "tensor")
+        ("recurrent_relu", name, True)
+        for name in layouts()
+        if name in ("shards", "experts", "context", "tensor", "pipeline")
     ]
-    return [*found, ("topk", "shards", False), ("topk", "experts", False)]
+    return [*found, *(("topk", name, False) for name in ("shards", "experts", "pipeline"))]
 
 
 def some_steps() -> dict[str, Any]:
@@ -174,8 +184,13 @@ def some_steps() -> dict[str, Any]:
 
 
 def all_steps() -> dict[str, Any]:
-    """The same for all."""
-    return steps(all_cases())
+    """The same for all but pipelines."""
+    return steps(case for case in all_cases() if "pipeline" not in case[1])
+
+
+def pipelined_steps() -> dict[str, Any]:
+    """The same for all pipelines."""
+    return steps(case for case in all_cases() if "pipeline" in case[1])
 
 
 def steps(cases: Iterable[Case]) -> dict[str, Any]:
@@ -270,6 +285,7 @@ def void() -> dict[str, Any]:
 CASES: dict[str, Callable[[], Any]] = {
     "some_steps": some_steps,
     "all_steps": all_steps,
+    "pipelined_steps": pipelined_steps,
     "averaged": averaged,
     "runs": runs,
     "coefficients": coefficients,

@@ -32,7 +32,7 @@ def test_shards_are_what_copies_leave():
         (4, {"data_replicate": 4, "expert": 2}, "parallel.expert is 2, must divide .* = 1"),
         (2, {"data_shard": "all"}, "must be auto or a number"),
         (2, {"data_shard": 0}, "parallel.data_shard is 0, must be at least 1"),
-        (2, {"pipeline": 2}, "parallel.pipeline is 2, must be 1"),
+        (4, {"pipeline": 3}, r"data_replicate \* pipeline is 1 \* 3, must divide the number of processes, which is 4"),
         (2, {"expert": 0}, "parallel.expert is 0, must be at least 1"),
         (2, {"reduce": "fp8"}, "must be one of fp32, bf16"),
         (2, {"timeout": 0}, "above 0"),

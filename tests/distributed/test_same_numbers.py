@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases_numbers import ROUTERS, STAGES
+from tests.distributed.cases_numbers import ROUTERS, STAGES, TOLERANCE
 
 pytestmark = pytest.mark.xdist_group("distributed")
-TOLERANCE = 1e-5
 ROUNDING = 4
 """A whole run may be this many times as far from one process's as that is from itself with one bit of noise."""
 
@@ -34,7 +33,7 @@ def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
 
 
 def test_loss_and_every_gradient_of_two_processes_are_those_of_one_in_all_three_stages(results: dict[str, Any]):
-    check(results["some_steps"], num_cases=7 + 4 + 2)
+    check(results["some_steps"], num_cases=8 + 5 + 3)
 
 
 def test_the_states_are_from_all_three_stages(results: dict[str, Any]):
@@ -82,3 +81,9 @@ def test_every_router_in_every_layout_of_two_and_four_processes_has_the_numbers_
     four = results_of(4, "all_steps", "averaged", timeout=280)
     check(four["all_steps"], num_cases=3 * 9 * 2)
     assert all(error > 0.1 for error in four["averaged"])
+
+
+@pytest.mark.slow
+def test_every_router_in_pipelines_of_two_and_four_processes_has_the_numbers_of_one(results_of: Callable[..., Any]):
+    check(results_of(2, "pipelined_steps")["pipelined_steps"], num_cases=3 * 1 * 2)
+    check(results_of(4, "pipelined_steps", timeout=200)["pipelined_steps"], num_cases=3 * 5 * 2)

@@ -21,12 +21,14 @@ import cases_checkpoint
 import cases_exchange
 import cases_numbers
 import cases_pace
+import cases_pipeline
 import cases_ranks
 
 CASES: dict[str, Callable[[], Any]] = {
     **cases_checkpoint.CASES,
     **cases_exchange.CASES,
     **cases_numbers.CASES,
+    **cases_pipeline.CASES,
     **cases_pace.CASES,
     **cases_ranks.CASES,
 }

@@ -7,30 +7,30 @@ from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
 
-NOT_YET = ("pipeline",)
-"""Sizes that the section has and that must be 1: there is no code behind them yet."""
+SIZES = ("data_replicate", "expert", "tensor", "pipeline", "context")
 WHOLE_SEQUENCES = ("lory",)
 """Routers that look at a whole sequence, so that ranks cannot share its tokens."""
 
 
 @config_class
 class ParallelConfig:
-    """data_replicate * data_shard * tensor * context processes: torchrun's world size. Ranks of the first two have rows
-    of their own of every batch, those of the last two share the tokens of a sequence.
+    """data_replicate * data_shard * tensor * context * pipeline processes: torchrun's world size. Ranks of the first
+    two have rows of their own of every batch, those of the next two share the tokens of a sequence, those of the last
+    one the layers of the model.
     """
 
     data_replicate: int = setting(1, "copies of the model (HSDP); 1: no copies")
     data_shard: int | str = setting("auto", "ranks that share the parameters of one copy (FSDP2); auto: all there are")
     expert: int = setting(1, "ranks that share the experts of one layer; borrowed from the others")
     tensor: int = setting(1, "ranks that share attention's weights, by heads, and the tokens of a sequence elsewhere")
-    pipeline: int = setting(1, "must be 1 for now")
+    pipeline: int = setting(1, "stages: ranks in a row, each with some of the layers; micro-batches pass through all")
     context: int = setting(1, "ranks that share the tokens of a sequence, for long ones")
     reshard: bool = setting(True, "let go of gathered parameters after the forward pass, and gather them again")
     reduce: str = setting("fp32", "what gradients are summed over ranks in: fp32 or bf16")
     timeout: float = setting(600.0, "seconds after which a rank that others wait for ends the run")
 
     def __post_init__(self) -> None:
-        for key in ("data_replicate", "expert", "tensor", "context", *NOT_YET):
+        for key in SIZES:
             check_range(f"parallel.{key}", getattr(self, key), 1)
         if self.data_shard != "auto":
             if isinstance(self.data_shard, str):
@@ -39,12 +39,6 @@ class ParallelConfig:
         check_choice("parallel.reduce", self.reduce, ("fp32", "bf16"))
         if self.timeout <= 0:
             raise ConfigError(f"parallel.timeout is {self.timeout}, must be above 0 seconds; try 600")
-        for key in NOT_YET:
-            if getattr(self, key) != 1:
-                raise ConfigError(
-                    f"parallel.{key} is {getattr(self, key)}, must be 1: this version shares work over "
-                    "parallel.data_replicate, data_shard, expert, tensor and context only"
-                )
         if self.tensor > 1 and self.context > 1:
             raise ConfigError(
                 f"parallel.tensor is {self.tensor} and parallel.context is {self.context}, one of them must be 1: both "
@@ -75,7 +69,7 @@ class ParallelConfig:
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
     """The section with `data_shard: auto` filled in. ConfigError where its sizes and the processes do not fit."""
-    others = {key: getattr(parallel, key) for key in ("data_replicate", "tensor", "context")}
+    others = {key: getattr(parallel, key) for key in ("data_replicate", "tensor", "context", "pipeline")}
     others = {key: size for key, size in others.items() if size > 1 or key == "data_replicate"}
     product = math.prod(others.values())
     named = f"parallel.{' * '.join(others)} is {' * '.join(map(str, others.values()))}"
@@ -114,8 +108,11 @@ def check_experts(parallel: ParallelConfig, num_experts: int, kind: str) -> None
         )
 
 
-def own_micro_batch(ranks: int, batch_size: int, micro_batch_size: int | None) -> int:
-    """Sequences of one rank's forward pass. ConfigError where a batch cannot be shared evenly by the data ranks."""
+def own_micro_batch(ranks: int, batch_size: int, micro_batch_size: int | None, stages: int = 1) -> int:
+    """Sequences of one rank's forward pass; where it is open, as many as leave a micro-batch for each stage.
+
+    ConfigError where a batch cannot be shared evenly by the data ranks, or has fewer micro-batches than stages.
+    """
     if batch_size % ranks:
         raise ConfigError(
             f"train.batch_size is {batch_size}, must be a multiple of the {ranks} data ranks, which share it"
@@ -126,7 +123,24 @@ def own_micro_batch(ranks: int, batch_size: int, micro_batch_size: int | None) -
             f"train.micro_batch_size is {micro_batch_size}, must divide train.batch_size / data ranks = "
             f"{batch_size} / {ranks} = {own}"
         )
-    return micro_batch_size or own
+    fewest = next((number for number in range(stages, own + 1) if own % number == 0), 0)
+    size = micro_batch_size or (own // fewest if fewest else own)
+    if own // size < stages:
+        raise ConfigError(
+            f"train.batch_size is {batch_size}, for {ranks} data ranks that is {own // size} micro-batches of {size}, "
+            f"must be at least parallel.pipeline = {stages}, or stages would have nothing to do; lower "
+            "train.micro_batch_size or raise train.batch_size"
+        )
+    return size
+
+
+def check_layers(parallel: ParallelConfig, num_layers: int) -> None:
+    """ConfigError where there are not enough layers for the stages."""
+    if parallel.pipeline > num_layers:
+        raise ConfigError(
+            f"parallel.pipeline is {parallel.pipeline}, must be at most model.num_layers = {num_layers}: each stage "
+            "needs a layer"
+        )
 
 
 def check_sequence(parallel: ParallelConfig, model: ReMoEConfig, sequence_length: int) -> None:

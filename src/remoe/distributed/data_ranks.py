@@ -1,7 +1,7 @@
 """The answers of one process of many, which share the model and the rows of each batch."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from datetime import timedelta
 from itertools import islice
@@ -16,6 +16,7 @@ from remoe.distributed.gradients import clip_shared_gradients
 from remoe.distributed.mesh import Meshes
 from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
+from remoe.distributed.sums import total_over
 from remoe.errors import OneRankError, RemoeError
 from remoe.model.sequence import own_columns
 
@@ -28,8 +29,9 @@ class DataRanks(Ranks):
         self.meshes = Meshes.build(parallel, device)
         self.index = dist.get_rank()
         self.data_size, self.sequence_size = parallel.data_ranks, parallel.sequence_ranks
+        self.same_rows = self.sequence_size
         self.size = self.data_size * self.sequence_size
-        self.data_index, self.sequence_index = divmod(self.index, self.sequence_size)
+        self.data_index, self.sequence_index = divmod(self.index % self.size, self.sequence_size)
 
     def aside(self) -> "DataRanks":
         other = copy(self)
@@ -56,10 +58,10 @@ class DataRanks(Ranks):
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def total(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        summed: dict[Key, Tensor] = {}
-        for dtype in sorted({value.dtype for value in values.values()}, key=str):
-            summed |= _total({name: value for name, value in values.items() if value.dtype == dtype})
-        return {name: summed[name] for name in values}
+        return total_over(values, None)
+
+    def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        return self.total(values)
 
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return self.total({name: value / self.size for name, value in values.items()})
@@ -119,10 +121,3 @@ def _on_host(number: int, operation: Any) -> int:
     value = torch.tensor(number)
     dist.all_reduce(value, operation)
     return int(value)
-
-
-def _total(values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    flat = torch.cat([value.detach().reshape(-1) for value in values.values()])
-    dist.all_reduce(flat)
-    parts: Sequence[Tensor] = flat.split([value.numel() for value in values.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}

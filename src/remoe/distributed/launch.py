@@ -61,7 +61,11 @@ def join(parallel: ParallelConfig, device: torch.device) -> Ranks:
     """The ranks of a resolved section; inside `process_group`."""
     if world_size() == 1:
         return Ranks()
-    from remoe.distributed.data_ranks import DataRanks  # FSDP takes a while to import
+    if parallel.pipeline > 1:  # FSDP takes a while to import
+        from remoe.distributed.stage_ranks import StageRanks
+
+        return StageRanks(parallel, device)
+    from remoe.distributed.data_ranks import DataRanks
 
     return DataRanks(parallel, device)
 

@@ -1,13 +1,15 @@
 """What a trainer asks of the processes it runs on; `Ranks` is the answer of one that is alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+    from remoe.distributed.pipeline import Pipeline
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -22,6 +24,10 @@ class Ranks:
     data_size = 1
     """Ranks with different rows of a batch; the others share the tokens of a sequence."""
     sequence_size = 1
+    same_rows = 1
+    """Ranks with the same rows of a batch: those that share its sequences, in each stage of a pipeline."""
+    pipeline: "Pipeline | None" = None
+    """This rank's place among the stages that share the layers; None: it has all layers."""
     group: "dist.ProcessGroup | None" = None
     """What objects and files are exchanged through; None: the process group that all use."""
 
@@ -53,8 +59,12 @@ class Ranks:
         """The sums over ranks of device values, each in its own dtype: counts stay integers."""
         return dict(values)
 
+    def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """The sums over those ranks that have the same layers as this one."""
+        return dict(values)
+
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        """The means over ranks of device values."""
+        """The means over ranks of device values; where ranks have different layers, of what those add up to."""
         return dict(values)
 
     def collect(self, number: float, device: torch.device) -> Tensor:
@@ -69,11 +79,18 @@ class Ranks:
         """The largest of the ranks' numbers on the host."""
         return number
 
+    def evaluate(self, model: nn.Module, tokens_BS: Tensor, *inputs: Any, **options: Any) -> Any:
+        """What the model returns, without a backward pass; of a part of the model, what it adds to the whole."""
+        return model(tokens_BS, *inputs, **options)
+
     def share_out(self, batches: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
         """Batches for this rank to evaluate, and whether each counts: all ranks get equally many, so that they
         compute together, and the last of some is another rank's.
         """
         return ((batch, True) for batch in batches)
+
+    def complete_gradients(self) -> None:
+        """Add up the gradients of parameters that several parts of a model have; once a step, before clipping."""
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their norm before that, 0-dim."""

@@ -30,7 +30,7 @@ REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def shard_model(
     model: nn.Module, meshes: Meshes, parallel: ParallelConfig, param_dtype: torch.dtype | None
 ) -> None:  # fmt: skip
-    """Spread the parameters of a ReMoEForCausalLM over the ranks, in place; names stay as they are.
+    """Spread the parameters of a ReMoEForCausalLM, or a part of one, over the ranks, in place; names stay as they are.
 
     A gradient is then the sum over ranks, not the mean: each rank's loss is its share of the batch's.
     """
@@ -40,7 +40,7 @@ def shard_model(
     inner: list[FSDPModule] = []
     decoder: Any = model.model
     decoder.sequence = _sequence(meshes, parallel)
-    for layer in decoder.layers:
+    for layer in decoder.present_layers():
         layer.self_attn.sequence = decoder.sequence
         inner += [units.add(*_attention(layer.self_attn, meshes)), units.add(*_mlp(layer.mlp, meshes))]
     for unit, following in pairwise(inner):  # else a layer that waits for its rows would hold up the next gather

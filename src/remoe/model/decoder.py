@@ -1,6 +1,6 @@
 """The decoder: embedding, layers with the router state riding along, final norm, output head."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -26,6 +26,14 @@ from remoe.moe.cells import share_cell
 from remoe.moe.initial import Initial
 
 
+class Handed(NamedTuple):
+    """What layers hand on to those after them, where a process has only some (model.part)."""
+
+    hidden_BSH: Tensor
+    state_TP: Tensor | None
+    """Router state of recurrent routers; None before the first."""
+
+
 class ModelOutput(NamedTuple):
     """What the model returns."""
 
@@ -41,7 +49,9 @@ class LossOutput(NamedTuple):
     losses: Tensor
     """Cross-entropies in fp32 or wider: their sum, 0-dim, or [B, S] with 0 where there is no label."""
     routings: tuple[Routing | None, ...]
-    """As in ModelOutput."""
+    """As in ModelOutput; also None for layers that another process has."""
+    handed: Handed | None = None
+    """From a part without the head, whose losses are 0."""
 
 
 class Decoder(nn.Module):
@@ -56,6 +66,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         layer_class = PostNormLayer if config.is_post_norm else DecoderLayer
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_layers))
+        self.own_layers = range(config.num_layers)
         self.positions = RelativePositions(config) if config.is_post_norm else RotaryPositions(config)
         self.norm = nn.Identity() if config.is_post_norm else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.draws = config.dropout > 0 or any(getattr(module, "draws", False) for module in self.modules())
@@ -64,22 +75,29 @@ class Decoder(nn.Module):
         self.router_cell = share_cell(layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def forward(
-        self, tokens_BS: Tensor, placement: Placement, cache: AnyCache | None
+        self, tokens_BS: Tensor, placement: Placement, cache: AnyCache | None, handed: Handed | None = None
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
         """The normed last hidden states and each layer's routing."""
         attention = self.positions(placement, cache)
         own = self.sequence.columns(tokens_BS.shape[1])
         context = _router_context(tokens_BS, placement, cache, own)
-        hidden_BSH = self.embed_tokens(tokens_BS[:, own])
+        if handed is None:
+            hidden_BSH = self.embed_tokens(tokens_BS[:, own])
+        else:
+            hidden_BSH, context = handed.hidden_BSH, context._replace(state_TP=handed.state_TP)
         run = layer_runner(self.activation_checkpointing if self._can_recompute(cache) else "none", self.draws)
-        routings: list[Routing | None] = []
-        for layer_index, layer in enumerate(self.layers):
+        routings: list[Routing | None] = [None] * len(self.layers)
+        for layer_index in self.own_layers:
             context = context._replace(layer_index=layer_index)
-            hidden_BSH, routing = run(layer, hidden_BSH, attention, context)
+            hidden_BSH, routing = run(self.layers[layer_index], hidden_BSH, attention, context)
             if routing is not None:
                 context = context._replace(state_TP=routing.state_TP)
-            routings.append(routing)
+            routings[layer_index] = routing
         return self.norm(hidden_BSH), tuple(routings)
+
+    def present_layers(self) -> list[nn.Module]:
+        """The layers that this process has: all, or those of its part of the model."""
+        return [self.layers[index] for index in self.own_layers]
 
     def _can_recompute(self, cache: AnyCache | None) -> bool:
         return cache is None and torch.is_grad_enabled()
@@ -95,6 +113,12 @@ def _router_context(tokens_BS: Tensor, placement: Placement, cache: AnyCache | N
     )
 
 
+def _last_state(routings: Sequence[Routing | None], handed: Handed | None) -> Tensor | None:
+    """The router state after these layers; where none of them has a router, what was handed to them."""
+    given = None if handed is None else handed.state_TP
+    return next((routing.state_TP for routing in reversed(routings) if routing is not None), given)
+
+
 class ReMoEForCausalLM(nn.Module):
     """The native language model: a decoder, LLaMA-style or post-norm, any of whose layers can be an MoE layer.
 
@@ -107,6 +131,8 @@ class ReMoEForCausalLM(nn.Module):
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is null, must be a number of token ids; set it to the tokenizer's")
         self.config = config
+        self.has_head = True
+        """False for a part of the model that others go on from (model.part)."""
         self.model = Decoder(config, config.vocab_size)
         self.kept_decoding: FixedDecoding | None = None
         """CUDA graphs of the last text, for the next one like it; gone once the model trains."""
@@ -138,6 +164,7 @@ class ReMoEForCausalLM(nn.Module):
         labels_BS: Tensor | None = None,
         reduction: str = "sum",
         logits_to_keep: int | None = None,
+        handed: Handed | None = None,
     ) -> ModelOutput | LossOutput:
         """Logits of the next token at each place, or with labels their cross-entropies; and the routings.
 
@@ -147,13 +174,17 @@ class ReMoEForCausalLM(nn.Module):
         `labels_BS`: the next tokens, -100 where there is none; on a GPU not all logits exist at once then.
         `reduction`: sum, or none for each place's loss, which has no gradient on a GPU.
         `logits_to_keep`: logits of only so many last places, [B, that, V]; None: of all.
+        `handed`: what the layers before these came to, where another process has them; labels are needed then.
         """
         placement = place_tokens(tokens_BS, token_mask_BS, document_BS, cache)
-        hidden_BSH, routings = self.model(tokens_BS, placement, cache)
+        hidden_BSH, routings = self.model(tokens_BS, placement, cache, handed)
         if cache is not None:
             cache.advance(tokens_BS.shape[1], placement.key_mask_BK)
         if labels_BS is not None:
             own_BS = labels_BS[:, self.model.sequence.columns(labels_BS.shape[1])]
+            if not self.has_head:
+                no_losses = hidden_BSH.new_zeros(() if reduction == "sum" else own_BS.shape)
+                return LossOutput(no_losses, routings, Handed(hidden_BSH, _last_state(routings, handed)))
             return LossOutput(self.head().losses(hidden_BSH, own_BS, reduction), routings)
         kept_BSH = hidden_BSH if logits_to_keep is None else hidden_BSH[:, -logits_to_keep:]
         return ModelOutput(self.head().logits(kept_BSH), routings)

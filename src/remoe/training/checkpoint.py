@@ -184,7 +184,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) ->
 
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     writer = dcp.HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=_files(whole), save_distributed=True, enable_consolidation=False
+        str(folder), fqn_to_index_mapping=_files(whole, ranks), save_distributed=True, enable_consolidation=False
     )
     with _own_errors(), _current_device_of(whole):
         dcp.save(whole, storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
@@ -199,14 +199,17 @@ def _current_device_of(tensors: Mapping[str, Tensor]) -> AbstractContextManager[
     return torch.cuda.device(gpus.pop()) if gpus else nullcontext()
 
 
-def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Which file, counted from 1, each tensor goes to."""
-    files, index, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > MAX_FILE_BYTES:
-            index, size = index + 1, 0
+def _files(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
+    """Which file, counted from 1, each tensor of all ranks goes to."""
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    if ranks.pipeline is not None:  # torch asks the first rank, which has some of the layers only
+        sizes = {name: size for own in ranks.gather(sizes) for name, size in own.items()}
+    files, index, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > MAX_FILE_BYTES:
+            index, filled = index + 1, 0
         files[name] = index
-        size += tensor.nbytes
+        filled += size
     return files
 
 

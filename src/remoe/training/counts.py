@@ -32,6 +32,10 @@ class RoutingCounts(NamedTuple):
         """Share of tokens at each expert, n_e/T, fp32."""
         return self.tokens_per_expert_LE.to(torch.float32) / self.tokens_L.clamp(min=1)[:, None].to(torch.float32)
 
+    def of_layers(self, layers: slice) -> "RoutingCounts":
+        """Counts of some of the layers."""
+        return RoutingCounts(*(values[layers] for values in self))
+
     def plus(self, other: "RoutingCounts") -> "RoutingCounts":
         """Counts of both parts."""
         return RoutingCounts(*(a + b for a, b in zip(self, other, strict=True)))

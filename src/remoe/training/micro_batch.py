@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
+from remoe.data.sampler import NO_TOKEN
 from remoe.distributed.ranks import Ranks
+from remoe.model.decoder import Handed, LossOutput
 from remoe.moe.routing import Routing
 from remoe.training import router_hooks
 from remoe.training.config import TrainConfig
@@ -61,7 +63,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MicroBatchLoss:
-    """The objective of one micro-batch that counts for `share` of a step's auxiliary terms."""
+    """The objective of one micro-batch that counts for `share` of a step's auxiliary terms. Of a part of the model it
+    is what that adds to the whole one's, and all that is measured is of the part's own layers.
+    """
 
     config: TrainConfig
     model: nn.Module
@@ -90,9 +94,8 @@ class MicroBatchLoss:
 
     def _loads(self, counts: RoutingCounts | None, weighing: Weighing) -> Tensor | None:
         """The previous step's loads, or in the very first step the micro-batch's."""
-        if weighing.loads_LE is None:
+        if weighing.loads_LE is None or counts is None:
             return self._ranks_loads(counts)
-        assert counts is not None, "loads are kept only for models with MoE layers"
         return torch.where(weighing.has_loads, weighing.loads_LE, counts.loads_LE)
 
     def _ranks_loads(self, counts: RoutingCounts | None) -> Tensor | None:

@@ -37,6 +37,8 @@ class Objective:
     sparsity: SparsityConfig
     penalty: str
     top_k: int
+    num_layers: int | None = None
+    """MoE layers of the whole model, where only some of them are given at a time; None: all are."""
 
     @property
     def load_balancing_coef(self) -> float:
@@ -88,7 +90,7 @@ class Objective:
             assert sparsity_coef is not None, "a model with the L1 term has a controller"
             weighted_L = sparsity_coef * terms["sparsity_l1"]
             is_mean = averages_layers("sparsity_l1", self.sparsity.mode)
-            total = total + (weighted_L.mean() if is_mean else weighted_L.sum())
+            total = total + weighted_L.sum() / ((self.num_layers or len(weighted_L)) if is_mean else 1)
         if "load_balancing" in terms and self.load_balancing_coef:
             total = total + self.load_balancing_coef * terms["load_balancing"].sum()
         if "router_z" in terms:

@@ -92,7 +92,7 @@ class Pace:
 
 def work_without_exchange(model: ReMoEForCausalLM) -> Iterator[nn.Module]:
     """The modules of a model whose forward pass waits for no other process, once their parameters are there."""
-    layers: Any = model.model.layers
+    layers: Any = model.model.present_layers()
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         yield from [attention] if getattr(attention, "sequence", WHOLE) is WHOLE else attention.children()

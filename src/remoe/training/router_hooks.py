@@ -16,9 +16,16 @@ Observed = dict[int, Tensor]
 """By the router's place among the MoE layers; only those that observe."""
 
 
-def prepare(routers: Sequence[Any], dataset: AnyDataset, vocab_size: int) -> None:
-    """Before the first step: hand the training text's token counts to the routers that ask for them."""
-    asking = [(layer, router) for layer, router in enumerate(routers) if getattr(router, "needs_token_counts", False)]
+def prepare(routers: Sequence[Any], dataset: AnyDataset, vocab_size: int, first_layer: int = 0) -> None:
+    """Before the first step: hand the training text's token counts to the routers that ask for them.
+
+    `first_layer` is the number of the first router's layer, among the MoE layers.
+    """
+    asking = [
+        (layer, router)
+        for layer, router in enumerate(routers, first_layer)
+        if getattr(router, "needs_token_counts", False)
+    ]
     if not asking:
         return
     counts_V = torch.from_numpy(token_counts(dataset, vocab_size))

@@ -5,7 +5,14 @@ import dataclasses
 import torch
 
 from remoe.data import Tokenizer
-from remoe.distributed.config import ParallelConfig, check_experts, check_sequence, own_micro_batch, resolve_parallel
+from remoe.distributed.config import (
+    ParallelConfig,
+    check_experts,
+    check_layers,
+    check_sequence,
+    own_micro_batch,
+    resolve_parallel,
+)
 from remoe.errors import ConfigError
 from remoe.moe.routers import router_class
 from remoe.training.config import TrainConfig
@@ -35,7 +42,8 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
     has_experts = config.model.num_moe_layers > 0
     kind = getattr(router_class(moe.router_name), "experts", "grouped")
     check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
-    own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size)
+    check_layers(parallel, config.model.num_layers)
+    own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size, parallel.pipeline)
     check_sequence(parallel, config.model, config.data.sequence_length)
     for key in ("compile", "cuda_graphs"):
         if world_size > 1 and getattr(loop, key):

@@ -7,7 +7,7 @@ more rows than its capacity, with all steps after it, until the caller has them 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from remoe.training.objective import Objective
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
 from remoe.training.router_hooks import Observed
 from remoe.training.schedule import has_decayed, learning_rate
+
+if TYPE_CHECKING:
+    from remoe.distributed.pipeline import Pipeline
+    from remoe.training.pipelined import PipelinedStep
 
 
 @dataclass
@@ -53,22 +57,32 @@ class Stepper:
 
     def __post_init__(self) -> None:
         loop = self.config.train
-        self.micro_batch = own_micro_batch(self.ranks.data_size, loop.batch_size, loop.micro_batch_size)
+        model, pipeline = self.config.model, self.ranks.pipeline
+        self.micro_batch = own_micro_batch(
+            self.ranks.data_size, loop.batch_size, loop.micro_batch_size, pipeline.num_stages if pipeline else 1
+        )
+        all_routers: list[Any] = [layer.router for layer in moe_layers(self.model)]
+        penalty = all_routers[0].penalty if all_routers else "none"
         self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
         is_rounded = loop.precision == "bf16" and self.ranks.size == 1  # FSDP rounds as it gathers
         self.masters = MasterWeights(self.model) if is_rounded else None
         self.weights = (
             self.masters.named_parameters(self.model) if self.masters else dict(self.model.named_parameters())
         )
-        self.layers = [module for module in self.model.modules() if isinstance(module, MoE)]
+        self.layers = moe_layers(self.model)
         self.routers: list[Any] = [layer.router for layer in self.layers]
-        moe = self.config.model.moe
-        penalty = self.routers[0].penalty if self.routers else "none"
+        self.own_layers = pipeline.moe_layers(model) if pipeline else slice(0, model.num_moe_layers)
         self.objective = Objective(
-            losses=self.config.losses, sparsity=self.config.sparsity, penalty=penalty, top_k=moe.routed_top_k
+            losses=self.config.losses,
+            sparsity=self.config.sparsity,
+            penalty=penalty,
+            top_k=model.moe.routed_top_k,
+            num_layers=model.num_moe_layers or None,
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
-        self.loss = self._build_loss()
+        loss = self._build_loss()
+        self.loss = compiled(loss) if loop.compile else loss
+        self.pipelined = self._pipelined(loss, pipeline) if pipeline else None
         if loop.cuda_graphs:
             check_capturable(self.device, self.layers)
         self.graphed = GraphedPass(self._pass, self.device, self._zero_gradients) if loop.cuda_graphs else None
@@ -81,9 +95,9 @@ class Stepper:
             self.objective.load_balancing_coef, dtype=torch.float64, device=self.device
         )
         if penalty == "sparsity_l1":
-            self.controller = build_controller(self.config, len(self.routers)).to(self.device)
+            self.controller = build_controller(self.config, model.num_moe_layers).to(self.device)
         if penalty == "sparsity_l1" and uses_previous_loads(self.config):
-            self.loads_LE = torch.zeros(len(self.routers), moe.routed_experts, device=self.device)
+            self.loads_LE = torch.zeros(model.num_moe_layers, model.moe.routed_experts, device=self.device)
 
     def run(self, batch: Batch, step: int) -> Values:
         """Train on this rank's rows of a batch as step number `step`; what all ranks measured, still on the device."""
@@ -92,7 +106,8 @@ class Stepper:
         self._zero_gradients()
         with row_capacities(self.layers, self.row_capacities):
             measured = self._forward_backward(batch, coef)
-        values, observed = self.ranks.total(measured.values), self.ranks.total(measured.observed)
+        self.ranks.complete_gradients()
+        values, observed = self.ranks.total(measured.values), self.ranks.total_of_layers(measured.observed)
         grad_norm = self.ranks.clip_gradients(self.weights.values(), self.config.optimizer.clip)
         is_bad = ~(grad_norm.isfinite() & values["loss"].isfinite())
         cancelled = self._cancelled(is_bad, measured.overflow)
@@ -102,7 +117,7 @@ class Stepper:
         self._after_step(measured.counts, observed, cancelled, step)
         if coef is not None:
             values["sparsity_coef"] = coef
-        if self.routers:
+        if self.config.model.num_moe_layers:
             values["load_balancing_coef"] = self.load_balancing_coef
         values |= {"grad_norm": grad_norm, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return values | self._rows_values(measured) | (routing_values(measured.counts) if measured.counts else {})
@@ -110,10 +125,12 @@ class Stepper:
     def _forward_backward(self, batch: Batch, coef: Tensor | None) -> Measured:
         if not self.model.training:
             self.model.train()
-        own_labels = int((batch.labels_BS != NO_LABEL).sum())  # ranks that share sequences each count all of them
-        num_labels = max(1, self.ranks.total_number(own_labels) // self.ranks.sequence_size)
+        own_labels = int((batch.labels_BS != NO_LABEL).sum())  # ranks with the same rows each count all of them
+        num_labels = max(1, self.ranks.total_number(own_labels) // self.ranks.same_rows)
         labels = torch.full((), num_labels, dtype=torch.float32, device=self.device)
         weighing = Weighing(labels, coef, self.loads_LE, self.has_loads)
+        if self.pipelined is not None:
+            return self.pipelined(to_device(batch, self.device), weighing)
         first, *others = split(batch, self.micro_batch)
         first = to_device(first, self.device)
         run = self._pass_for(first, weighing)
@@ -142,12 +159,17 @@ class Stepper:
         """A graph adds to the memory that it was captured with; otherwise gradients take none between steps."""
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
 
-    def _build_loss(self) -> Callable[[Batch, Weighing], Measured]:
+    def _build_loss(self) -> MicroBatchLoss:
         share = self.micro_batch / (self.config.train.batch_size * self.ranks.sequence_size)
-        loss = MicroBatchLoss(
+        return MicroBatchLoss(
             self.config, self.model, self.device, self.objective, self.routers, self.ranks, share
         )  # fmt: skip
-        return compiled(loss) if self.config.train.compile else loss
+
+    def _pipelined(self, loss: MicroBatchLoss, pipeline: "Pipeline") -> "PipelinedStep":
+        from remoe.training.pipelined import PipelinedStep  # torch's schedules take a while to import
+
+        rows = self.config.train.batch_size // self.ranks.data_size
+        return PipelinedStep(loss, pipeline, rows // self.micro_batch, self.own_layers)
 
     def _cancelled(self, is_bad: Tensor, overflow: Tensor | None) -> Tensor:
         """Whether the step must leave no trace: not finite, or void for want of rows, its own or an earlier step's."""
@@ -182,7 +204,7 @@ class Stepper:
         if self.loads_LE is not None:
             self.loads_LE = torch.where(skipped, self.loads_LE, counts.loads_LE)
             self.has_loads = self.has_loads | ~skipped
-        router_hooks.after_step(self.routers, counts, observed, skipped, step)
+        router_hooks.after_step(self.routers, counts.of_layers(self.own_layers), observed, skipped, step)
 
     def update_model(self) -> None:
         """Let the model follow its fp32 weights, after they have changed."""
@@ -202,6 +224,11 @@ class Stepper:
         if self.loads_LE is not None:
             progress |= {"sparsity.loads": self.loads_LE, "sparsity.has_loads": self.has_loads}
         return model | optimizer | progress
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The model's MoE layers, in order."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:

@@ -96,7 +96,7 @@ class Trainer:
         """Tell the routers of a fresh run how often each token occurs in its text, where they ask for it."""
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "a run's config is resolved"
-        router_hooks.prepare(self.stepper.routers, self.corpus.train, vocab_size)
+        router_hooks.prepare(self.stepper.routers, self.corpus.train, vocab_size, self.stepper.own_layers.start)
 
     def prepare_folder(self, overwrite: bool) -> None:
         """Make the run's folder hold what belongs to the steps done so far, and nothing else of ours."""
@@ -249,4 +249,6 @@ class Trainer:
             return None
         batches = validation_batches(self.corpus.validation, self.config.data.sequence_length, CALIBRATION_SEQUENCES, 1)
         config = self.config
-        return FlipMeter(self.stepper.model, next(batches), config.data.document_mask, config.train.precision)
+        return FlipMeter(
+            self.stepper.model, next(batches), config.data.document_mask, config.train.precision, self.ranks
+        )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
-from remoe.data.sampler import NO_LABEL
+from remoe.data.sampler import NO_LABEL, NO_TOKEN
 from remoe.distributed.ranks import Ranks
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
@@ -46,7 +46,8 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
-    totals = {way: _Sums(len(domains), device) for way in (None, *other_evaluations(model))}
+    ways = dict.fromkeys(way for own in ranks.gather(other_evaluations(model)) for way in own)
+    totals = {way: _Sums(len(domains), device) for way in (None, *ways)}
     with evaluating(model):
         for batch, is_own in ranks.share_out(batches):
             mask_BS = token_mask(batch)
@@ -55,12 +56,15 @@ def evaluate(
             document_BS = batch.document_BS if document_mask else None
             for way, total in totals.items():
                 with autocast(precision, device), evaluated_as(model, way):
-                    output = model(
-                        batch.tokens_BS, mask_BS, document_BS=document_BS, labels_BS=batch.labels_BS, reduction="none"
-                    )
+                    output = ranks.evaluate(
+                        model, batch.tokens_BS, mask_BS, document_BS=document_BS, labels_BS=batch.labels_BS,
+                        reduction="none",
+                    )  # fmt: skip
                 if is_own:
+                    total.add_routings([routing for routing in output.routings if routing is not None])
+                if is_own and output.handed is None:
                     own = Batch(*(values[:, ranks.columns(values.shape[1])] for values in batch))
-                    total.add(output.losses, own, [routing for routing in output.routings if routing is not None])
+                    total.add_losses(output.losses, own)
     for total in totals.values():
         total.add_over(ranks)
     others = {way: total.result(domains) for way, total in totals.items() if way is not None}
@@ -68,11 +72,9 @@ def evaluate(
 
 
 def token_mask(batch: Batch) -> Tensor | None:
-    """False for the padding after a short text; None where there is none. A token without a label is the last one."""
-    has_label_BS = batch.labels_BS[:, :-1] != NO_LABEL
-    if has_label_BS.all():
-        return None
-    return torch.cat((torch.ones_like(has_label_BS[:, :1]), has_label_BS), dim=1)
+    """False for the padding after a short text; None where there is none."""
+    counted_BS = batch.document_BS != NO_TOKEN
+    return None if counted_BS.all() else counted_BS
 
 
 class _Sums:
@@ -85,11 +87,13 @@ class _Sums:
         self.active = torch.zeros((), dtype=torch.int64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, losses_BS: Tensor, batch: Batch, routings: Sequence[Routing]) -> None:
+    def add_losses(self, losses_BS: Tensor, batch: Batch) -> None:
         labels_T, losses_T = batch.labels_BS.flatten(), losses_BS.flatten()
         member_DT = (batch.domain_BS.flatten() == self.domain_D1) & (labels_T != NO_LABEL)
         self.losses_D += torch.where(member_DT, losses_T.to(torch.float64), 0.0).sum(1)
         self.labels_D += member_DT.sum(1)
+
+    def add_routings(self, routings: Sequence[Routing]) -> None:
         for routing in routings:
             self.active += stats.active_pairs(routing)
             self.tokens += count_tokens(routing)
