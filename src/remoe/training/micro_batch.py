@@ -77,12 +77,19 @@ class MicroBatchLoss:
 
     def __call__(self, batch: Batch, weighing: Weighing) -> Measured:
         """Forward and losses of a batch that is on the device."""
+        return self.measure(self.forward(batch), weighing)
+
+    def forward(self, batch: Batch, handed: Handed | None = None) -> LossOutput:
+        """What the model makes of a batch, or a part of it of what the part before handed on."""
         with autocast(self.config.train.precision, self.device):
             documents_BS = attention_documents(batch, self.config)
-            output = self.model(batch.tokens_BS, document_BS=documents_BS, labels_BS=batch.labels_BS)
+            return self.model(batch.tokens_BS, document_BS=documents_BS, labels_BS=batch.labels_BS, handed=handed)
+
+    def measure(self, output: LossOutput, weighing: Weighing) -> Measured:
+        """Losses and counts of a forward pass."""
         routings = [routing for routing in output.routings if routing is not None]
         own_counts = count(routings)
-        counts = own_counts and RoutingCounts(**self.ranks.total(own_counts._asdict()))
+        counts = own_counts and RoutingCounts(**self.ranks.total_of_layers(own_counts._asdict()))
         lm = output.losses / weighing.num_labels  # micro-batches add up to the mean over the step's labels
         terms = self.objective.terms(routings, self._loads(counts, weighing), self._ranks_loads(counts))
         coef = self.objective.spare_starving(counts, weighing.coef)
