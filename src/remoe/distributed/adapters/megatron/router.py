@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from remoe.distributed.adapters.megatron.counts import StepCounts, counted_in_backward, counts_of
@@ -52,6 +53,17 @@ class MegatronRouter(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return routing.weights_TE, routing.routing_map_TE
         return self.penalties.attach(routing, self), routing.routing_map_TE
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For Megatron's checkpoints: the same on all ranks. One layer has the cell: it is not stacked over layers."""
+        tensors = self.state_dict(keep_vars=True)
+        cell = {name: tensor for name, tensor in tensors.items() if name.startswith("cell.")}
+        own = {name: tensor for name, tensor in tensors.items() if name not in cell}
+        return make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets) | (
+            make_sharded_tensors_for_checkpoint(cell, prefix, {})
+        )
 
 
 class Penalties:
