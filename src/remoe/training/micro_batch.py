@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
-from remoe.data.sampler import NO_TOKEN
 from remoe.distributed.ranks import Ranks
 from remoe.model.decoder import Handed, LossOutput
 from remoe.moe.routing import Routing
