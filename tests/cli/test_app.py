@@ -10,7 +10,7 @@ from remoe.cli.failures import exit_code_of, spread_overrides
 from remoe.errors import DataError, TrainingError
 
 COMMANDS = (
-    "demo", "prepare", "train", "compare", "eval", "analyze", "generate", "export", "plan", "bench", "runs",
+    "demo", "prepare", "train", "compare", "eval", "analyze", "density", "generate", "export", "plan", "bench", "runs",
     "recipes",
 )  # fmt: skip
 SUBCOMMANDS = ("bench layer", "bench model", "bench decode", "bench tune", "runs diff", "recipes show")

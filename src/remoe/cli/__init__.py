@@ -23,7 +23,7 @@ from remoe.cli.recipes import recipes_app
 from remoe.cli.runs import runs_app
 from remoe.cli.train import train_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for name, command, example in (
     ("demo", demo_command, "remoe demo"),
     ("train", train_command, "remoe train demo-relu --set train.steps=100 --set name=first-run"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from remoe.cli.options import words
+from remoe.cli.options import recipes_like, words
 
 if TYPE_CHECKING:
     from remoe.bench.results import Results
@@ -15,7 +15,10 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N")]
 Json = Annotated[Path | None, Option("--json", metavar="FILE", help="write the measurements here")]
 Chart = Annotated[Path | None, Option("--chart", metavar="FILE", help="draw them: .svg or .png")]
 Deadline = Annotated[float | None, Option(metavar="SECONDS", help="leave out what begins later", min=0)]
-Configs = Annotated[str, Argument(metavar="CONFIG[,CONFIG...]", help="YAML files or recipes (`remoe recipes`)")]
+Configs = Annotated[
+    str,
+    Argument(metavar="CONFIG[,CONFIG...]", help="YAML files or recipes (`remoe recipes`)", autocompletion=recipes_like),
+]
 Peers = Annotated[str, Option(help="names joined by commas, all, or none")]
 
 

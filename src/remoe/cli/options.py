@@ -7,7 +7,19 @@ import typer
 
 from remoe.errors import ConfigError
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a recipe (`remoe recipes` lists them)")]
+
+def recipes_like(incomplete: str) -> list[str]:
+    """What a shell offers for a recipe, or for the last of several; where there is none, it offers files."""
+    from remoe.recipes import names
+
+    before, comma, begun = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in names() if name.startswith(begun)]
+
+
+CONFIG = typer.Argument(
+    metavar="CONFIG", help="a YAML file, or a recipe (`remoe recipes` lists them)", autocompletion=recipes_like
+)
+Config = Annotated[str, CONFIG]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.steps=100; repeatable"),

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from remoe.cli.options import recipes_like
+
 recipes_app = typer.Typer(help="List the ready configs, or show one.")
 
 
@@ -18,7 +20,9 @@ def recipes_command(context: typer.Context) -> None:
 
 
 @recipes_app.command("show", epilog="Example: remoe recipes show remoe-182m-relu > mine.yaml")
-def show_command(name: Annotated[str, typer.Argument(metavar="NAME", help="a recipe's name")]) -> None:
+def show_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a recipe's name", autocompletion=recipes_like)],
+) -> None:
     """Print a recipe as complete YAML, every default written out."""
     from remoe.recipes import show
 

@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from remoe.cli.options import RUNS, Overrides, Root
+from remoe.cli.options import CONFIG, RUNS, Overrides, Root
 
 Flag = typer.Option
 
 
 def train_command(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="a YAML file, or a recipe's name")] = None,
+    config: Annotated[str | None, CONFIG] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, Flag("--resume", help="go on with the run of this name after its last checkpoint")] = False,
     overwrite: Annotated[bool, Flag("--overwrite", help="begin the run of this name anew")] = False,
