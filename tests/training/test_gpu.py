@@ -13,9 +13,11 @@ from remoe.model import ReMoEForCausalLM
 from remoe.training import checkpoint, load, train
 from remoe.training.ahead import RunAhead, row_policy
 from remoe.training.capacity import WINDOW
+from remoe.training.deterministic import WORKSPACE
 from remoe.training.readout import Readout
 from remoe.training.step import Stepper
 from tests.training.test_ahead import Rows
+from tests.training.test_deterministic import saved_bits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -221,3 +223,14 @@ def test_a_checkpoint_of_another_gpu_than_the_current_one_holds_what_was_there_t
         read_back = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
         saved.load(read_back)
         assert [name for name, tensor in tensors.items() if not torch.equal(tensor, read_back[name])] == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("router", ["relu", "topk", "recurrent_relu"])
+def test_two_deterministic_runs_are_equal_bit_for_bit(config, tmp_path, numbers, monkeypatch, router, precision):
+    monkeypatch.setenv(WORKSPACE, ":4096:8")  # other tests have used the GPU before
+    loop = {"device": "cuda", "deterministic": True, "precision": precision, "steps": 20}
+    built = config(model={"router": router, "hidden_size": 64, "intermediate_size": 64}, train=loop)
+    first, second = (train(built, root=tmp_path / name) for name in ("first", "second"))
+    assert numbers(first.metrics()) == numbers(second.metrics())
+    assert saved_bits(first) == saved_bits(second)

@@ -102,6 +102,9 @@ class LoopConfig:
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
     compile: bool = setting(False, "torch.compile model and losses, as one graph")
     cuda_graphs: bool = setting(False, "run each micro-batch as one CUDA graph; needs a GPU and rows auto or capacity")
+    deterministic: bool = setting(
+        False, "the same bits each run on the same devices, threads and layout, or an error; slower on a GPU"
+    )
     activation_checkpointing: bool | str = setting(
         "none", "computed again in the backward pass: none, full (layers), selective (all but experts); less memory"
     )

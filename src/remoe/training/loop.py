@@ -20,6 +20,7 @@ from remoe.model import ReMoEForCausalLM
 from remoe.training import lock, run
 from remoe.training.checkpoint import Checkpoint, NewerSchemaError, newest
 from remoe.training.config import TrainConfig
+from remoe.training.deterministic import same_bits
 from remoe.training.progress import LogReporter, Reporter, SilentReporter
 from remoe.training.resume import check_resume
 from remoe.training.run import Run
@@ -47,7 +48,7 @@ def train(
     path = Path(root) / config.name
     parallel = resolve_ranks(config, world_size())
     device = launch.local_device(pick_device(config.train.device))
-    with launch.process_group(device, parallel.timeout), ExitStack() as stack:
+    with same_bits(config.train), launch.process_group(device, parallel.timeout), ExitStack() as stack:
         ranks = launch.join(parallel, device)
         ranks.on_first(lambda: _claim(path, resume, overwrite, stack))
         reporter = (reporter or LogReporter()) if ranks.is_first else SilentReporter()

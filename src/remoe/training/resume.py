@@ -14,7 +14,7 @@ from remoe.training.config import TrainConfig
 CHANGEABLE = {
     "name", "data.cache",
     "train.steps", "train.micro_batch_size", "train.device", "train.compile", "train.activation_checkpointing",
-    "train.rows", "train.cuda_graphs",
+    "train.rows", "train.cuda_graphs", "train.deterministic",
     "train.log_interval", "train.validation_interval", "train.checkpoint_interval", "train.keep_checkpoints",
     "train.async_checkpoint",
     "train.flip_interval", "train.max_bad_steps", "train.sinks",
