@@ -12,6 +12,7 @@ from remoe.analysis.collect import RoutingCounts
 from remoe.analysis.metrics import Metrics
 from remoe.analysis.record import Generation, Passage, RunRecord
 from remoe.config import from_dict
+from remoe.eval.density import ONE_NUMBER, PER_LAYER, TRAINED, DensityCurve, DensityPoint
 from remoe.training import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the browser client that also takes README's pictures
@@ -85,7 +86,23 @@ def make_run(name: str, router: str, worse: float) -> RunRecord:
             Generation(domain=domain, prompt="def f(x):\n    return", continuation=" <b>x</b> + 1\n" * 4)
             for domain in DOMAINS
         ),
+        density=make_density() if router == "relu" else None,
     )
+
+
+def make_density() -> DensityCurve:
+    def point(kind: str, target: float | None, loss: float) -> DensityPoint:
+        thresholds = (0.25 * (1 - target),) * LAYERS if target else (0.0,) * LAYERS
+        return DensityPoint(
+            kind=kind, target=target, thresholds=thresholds, loss=loss, active_experts=target or 1.0
+        )  # fmt: skip
+
+    points = (
+        point(PER_LAYER, 0.5, 2.1), point(ONE_NUMBER, 0.5, 2.3), point(PER_LAYER, 0.75, 2.02),
+        point(ONE_NUMBER, 0.75, 2.04), point(TRAINED, None, 2.0), point(PER_LAYER, 1.5, 2.03),
+        point(ONE_NUMBER, 1.5, 2.05),
+    )  # fmt: skip
+    return DensityCurve(num_experts=EXPERTS, top_k=1, calibration_tokens=8192, tokens=16384, points=points)
 
 
 def make_row(rng: np.random.Generator, router: str, step: int, worse: float) -> dict[str, Any]:

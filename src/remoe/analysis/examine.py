@@ -13,11 +13,12 @@ from remoe.config import to_dict, to_yaml
 from remoe.data import Corpus, Tokenizer, load_saved_tokenizer, open_corpus, validation_batches
 from remoe.data.dataset import AnyDataset
 from remoe.errors import CheckpointError, DataError
+from remoe.eval.density import DensityCurve, load_curve
 from remoe.model import ReMoEForCausalLM
 from remoe.model.size import parameter_count
 from remoe.moe import stats
 from remoe.training import Run, checkpoint, load
-from remoe.training.run import TOKENIZER
+from remoe.training.run import DENSITY, TOKENIZER
 
 COUNTED_TOKENS = 200_000
 PASSAGE_TOKENS = 240
@@ -63,7 +64,14 @@ def examine(path: Path, corpora: dict[str, Corpus]) -> RunRecord:
         token_texts=() if counts is None else tuple(tokenizer.token_text(int(i)) for i in counts.token_ids_U),
         passages=() if counts is None else tuple(passage(model, tokenizer, *start) for start in starts),
         generations=tuple(generate(model, tokenizer, starts)),
+        density=_density(run),
     )
+
+
+def _density(run: Run) -> DensityCurve | None:
+    """What `remoe density` measured of the run, if it did."""
+    path = run.path / DENSITY
+    return load_curve(path) if path.is_file() else None
 
 
 def _logged(run: Run, metrics: Metrics) -> RunRecord:
@@ -82,6 +90,7 @@ def _logged(run: Run, metrics: Metrics) -> RunRecord:
         token_texts=(),
         passages=(),
         generations=(),
+        density=_density(run),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from remoe.analysis.collect import RoutingCounts
 from remoe.analysis.metrics import Metrics
 from remoe.errors import CheckpointError
+from remoe.eval.density import DensityCurve, curve_from
 
 SCHEMA = 1
 MANY_RUNS = 4
@@ -40,7 +41,7 @@ class Generation:
 class RunRecord:
     """One run. `counts` is None for a dense model, or one known by its log alone.
 
-    `token_texts` are the texts of `counts.token_ids_U`.
+    `token_texts` are the texts of `counts.token_ids_U`; `density` is there once `remoe density` measured it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class RunRecord:
     token_texts: tuple[str, ...]
     passages: tuple[Passage, ...]
     generations: tuple[Generation, ...]
+    density: DensityCurve | None = None
 
     @property
     def target_sparsity(self) -> float:
@@ -121,6 +123,7 @@ def _record(values: dict[str, Any]) -> RunRecord:
         "token_texts": tuple(values["token_texts"]),
         "passages": tuple(passages),
         "generations": tuple(Generation(**generation) for generation in values["generations"]),
+        "density": curve_from(values["density"]) if values.get("density") else None,
     }
     return RunRecord(**values | built)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from remoe.analysis import page
 from remoe.analysis.examine import examine_all
 from remoe.analysis.figures import (
+    density,
     domain_activity,
     domain_share,
     expert_tokens,
@@ -29,6 +30,7 @@ FIGURES = (
     loss_curves,
     stages,
     layer_sparsity,
+    density,
     load_map,
     domain_share,
     domain_activity,
