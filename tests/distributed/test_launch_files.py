@@ -103,8 +103,10 @@ def test_kubernetes_files_agree_with_themselves():
 @pytest.mark.slow
 def test_what_the_pods_of_the_job_start_trains_together(tmp_path: Path):
     local = {"nproc-per-node": "1", "rdzv-endpoint": f"127.0.0.1:{free_port()}"}
-    command = locally(container_of("kubernetes-job.yaml"), tmp_path, **local)
-    pods = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    container = container_of("kubernetes-job.yaml")
+    command = locally(container, tmp_path, **local)
+    own = {entry["name"]: entry["value"] for entry in container["env"]} | {"OMP_NUM_THREADS": "1"}
+    pods = [subprocess.Popen(command, env=environment() | own, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [pod.communicate(timeout=400)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said[0][-3000:]
     assert Run.open(tmp_path / "demo-relu").step == STEPS
@@ -125,7 +127,8 @@ def test_what_a_pod_of_the_pytorchjob_starts_trains_with_what_the_operator_sets(
     }
     own = {entry["name"]: entry["value"] for entry in container["env"]}
     command = locally(container, tmp_path)
-    variables = environment(**own, **of_operator) | {"OMP_NUM_THREADS": "1"}
+    assert own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    variables = environment(**of_operator) | own | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert Run.open(tmp_path / "demo-relu").step == STEPS

@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "scale-out.md"
 @pytest.mark.xdist_group("distributed")
 def test_every_command_of_the_page_runs_as_written(tmp_path: Path):
     commands = "".join(re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)).splitlines()
-    assert len(commands) == 8
+    assert len(commands) == 10
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
         finished = subprocess.run(

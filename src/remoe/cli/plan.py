@@ -1,6 +1,8 @@
 """`remoe plan`: what a model costs, without building it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from remoe.cli.options import AsJson, Config, Overrides
 from remoe.cli.table import table
@@ -10,32 +12,40 @@ if TYPE_CHECKING:
     from remoe.training.config import TrainConfig
 
 GIB = 2**30
+GPUs = Annotated[int | None, Option("--gpus", metavar="N", min=1, help="also the cost of each layout on N GPUs")]
 
 
-def plan_command(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan_command(config: Config, overrides: Overrides = None, gpus: GPUs = None, as_json: AsJson = False) -> None:
     """Parameters, FLOPs and memory of a model.
 
-    For training on one device, without building it.
+    For training on one device, without building it; with --gpus also memory, traffic and step time of each layout.
     """
     import dataclasses
     import json
 
+    from remoe.cli.plan_layouts import layouts_text, layouts_values
     from remoe.model.recompute import recomputation
     from remoe.model.size import Workload, plan
     from remoe.recipes import read_config
 
     run = read_config(config, overrides or ())
+    run = dataclasses.replace(run, model=_model(run))
     workload = Workload(
         sequence_length=run.data.sequence_length,
         micro_batch_size=run.train.micro_batch,
         precision=run.train.precision,
         activation_checkpointing=recomputation("train.activation_checkpointing", run.train.activation_checkpointing),
     )
-    values = dataclasses.asdict(plan(_model(run), workload))
+    values = dataclasses.asdict(plan(run.model, workload))
     values["tokens"] = run.train.steps * run.train.batch_size * run.data.sequence_length
     values["training_flops"] = values["tokens"] * values["flops_per_token"]
     values["workload"] = dataclasses.asdict(workload)
-    print(json.dumps(values, indent=1) if as_json else _text(values))
+    if gpus is not None:
+        values |= layouts_values(run, gpus)
+    if as_json:
+        print(json.dumps(values, indent=1))
+        return
+    print(_text(values) if gpus is None else f"{_text(values)}\n\n{layouts_text(values)}")
 
 
 def _model(run: "TrainConfig") -> "ReMoEConfig":

@@ -1,0 +1,71 @@
+"""The part of `remoe plan --gpus N` about layouts: the fastest that fit, and what their numbers rest on."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from remoe.cli.table import table
+
+if TYPE_CHECKING:
+    from remoe.training.config import TrainConfig
+
+GIB = 2**30
+SHOWN = 12
+SIZES = ("data_replicate", "data_shard", "expert", "tensor", "context")
+
+
+def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
+    """`layouts`, each as plain values, and the `machine` with the source of every constant.
+
+    ConfigError where neither model nor batch can be shared by so many GPUs.
+    """
+    from remoe.distributed.planning import estimates, machine
+    from remoe.errors import ConfigError
+    from remoe.training.job import job_of
+
+    gpus = machine()
+    found = estimates(job_of(run), num_gpus, gpus)
+    if not found:
+        raise ConfigError(
+            f"--gpus is {num_gpus}, but train.batch_size = {run.train.batch_size} sequences of data.sequence_length = "
+            f"{run.data.sequence_length} cannot be shared evenly by so many; choose a divisor, or a larger batch_size"
+        )
+    return {
+        "gpus": num_gpus,
+        "layouts": [dataclasses.asdict(one) for one in found],
+        "machine": dataclasses.asdict(gpus),
+    }
+
+
+def layouts_text(values: Mapping[str, Any]) -> str:
+    """A table of the first layouts, and the constants that were measured and assumed."""
+    layouts, machine = values["layouts"], values["machine"]
+    fitting = sum(one["fits"] for one in layouts)
+    lines = [f"{values['gpus']} x {machine['name']}: {fitting} of {len(layouts)} layouts fit; the fastest"]
+    lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
+    lines += ["memory, at start, gathers and all-to-all: of one GPU, the last two of a micro-batch; --json has all"]
+    constants = machine["constants"]
+    for kind, wanted in (("measured", False), ("assumed", True)):
+        keys = [key for key, one in constants.items() if one["source"].startswith("assumed") == wanted]
+        lines += [f"{kind}: {', '.join(_constants(constants, keys))}"]
+    return "\n".join(lines)
+
+
+_HEAD = (*SIZES, "micro-batch", "memory", "at start", "gathers", "all-to-all", "step", "tokens/s")
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    memory, traffic = one["memory"], one["traffic"]
+    sizes = [memory["total"], memory["total_at_start"], traffic["gathers"], traffic["all_to_all"]]
+    rate = f"{one['tokens_per_second']:,.0f}" if one["fits"] else "does not fit"
+    return (
+        *(str(one["parallel"][key]) for key in SIZES),
+        str(one["micro_batch_size"]),
+        *(f"{size / GIB:.2f} GiB" for size in sizes),
+        f"{one['step_seconds']['total']:.3f} s",
+        rate,
+    )
+
+
+def _constants(constants: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    return [f"{key} {constants[key]['value']:.4g} {constants[key]['unit']}" for key in keys]

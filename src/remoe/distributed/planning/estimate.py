@@ -1,0 +1,62 @@
+"""The cost of each layout that a number of GPUs allows, the fastest that fits first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.planning.job import Job
+from remoe.distributed.planning.machine import Machine
+from remoe.distributed.planning.memory import GpuMemory, gpu_memory
+from remoe.distributed.planning.step_time import StepTime, step_time
+from remoe.distributed.planning.traffic import Traffic, traffic
+
+SEQUENCE_RANKS = (1, 2, 4, 8)
+"""Sizes of `tensor` and `context`: their exchanges are waited for, so they stay within a host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one layout is expected to cost on each GPU."""
+
+    parallel: ParallelConfig
+    micro_batch_size: int
+    memory: GpuMemory
+    traffic: Traffic
+    """Of a micro-batch."""
+    step_seconds: StepTime
+    tokens_per_second: float
+    """Over all GPUs."""
+    fits: bool
+    """At its start too, with what is set aside for everything else."""
+
+
+def estimate(job: Job, parallel: ParallelConfig, gpus: Machine) -> Estimate:
+    """What a layout of `Job.layout` costs on these GPUs."""
+    memory, seconds = gpu_memory(job, parallel), step_time(job, parallel, gpus)
+    return Estimate(
+        parallel=parallel,
+        micro_batch_size=job.micro_batch(parallel),
+        memory=memory,
+        traffic=traffic(job, parallel),
+        step_seconds=seconds,
+        tokens_per_second=job.tokens / seconds.total,
+        fits=max(memory.total, memory.total_at_start) <= gpus["memory"] - gpus["memory_set_aside"],
+    )
+
+
+def estimates(job: Job, num_gpus: int, gpus: Machine) -> list[Estimate]:
+    """Of every layout that model and batch allow on so many GPUs: those that fit, the fastest first, then the rest."""
+    found = [estimate(job, parallel, gpus) for parallel in layouts(job, num_gpus)]
+    return sorted(found, key=lambda one: (not one.fits, one.step_seconds.total))
+
+
+def layouts(job: Job, num_gpus: int) -> Iterator[ParallelConfig]:
+    """The sizes that model and batch allow: copies, tensor or context, experts; the rest is sharded."""
+    sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
+    sequences = [("tensor", 1), *((key, size) for key in ("tensor", "context") for size in SEQUENCE_RANKS[1:])]
+    for copies in sizes:
+        for key, ranks in sequences:
+            for expert in sizes:
+                parallel = job.layout(num_gpus, data_replicate=copies, expert=expert, **{key: ranks})
+                if parallel is not None:
+                    yield parallel

@@ -1,0 +1,75 @@
+"""Bytes on one GPU of a layout: its share of the state, what is gathered at once, and activations."""
+
+from dataclasses import dataclass
+
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.planning.job import Job, Parts
+from remoe.distributed.planning.routes import rows_sent
+from remoe.model.size import plan
+
+STATE_BYTES = 16
+"""A parameter in fp32, its gradient, and AdamW's two moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMemory:
+    """Bytes on one GPU at the peak of a step."""
+
+    state: int
+    gathered: int
+    """Parameters and gradients of FSDP units that are whole at the same time, with the buffers of their exchange."""
+    activations: int
+    activations_at_start: int
+    """ReLU routing starts with half of all gates open."""
+    total: int
+    total_at_start: int
+
+
+def gpu_memory(job: Job, parallel: ParallelConfig) -> GpuMemory:
+    """Of one rank of a layout; other allocations (context, NCCL, fragments) are not in it."""
+    parts, num_ranks = Parts.of(job.model), parallel.data_replicate * parallel.shared_by
+    whole = plan(job.model, job.workload(parallel)).memory
+    if num_ranks == 1:
+        state, gathered = STATE_BYTES * parts.total, whole.compute_copies
+    else:
+        state, gathered = STATE_BYTES * parts.total // parallel.shared_by, _gathered(job, parallel, parts)
+    sent, sent_at_start = (_exchanged(job, parallel, active) for active in job.active_experts())
+    activations, at_start = whole.activations + sent, whole.activations_at_start + sent_at_start
+    fixed = state + gathered
+    return GpuMemory(
+        state=state,
+        gathered=gathered,
+        activations=activations,
+        activations_at_start=at_start,
+        total=fixed + activations,
+        total_at_start=fixed + at_start,
+    )
+
+
+def _gathered(job: Job, parallel: ParallelConfig, parts: Parts) -> int:
+    """The root in fp32 with its gradient; the largest unit, the one gathered ahead of it, and the largest's gradient.
+
+    A gather needs its result once more as a buffer, a reduction its input in the dtype that it sums in.
+    """
+    width, reduced = job.compute_bytes, 2 if parallel.reduce == "bf16" else 4
+    units = sorted(_units(job, parallel, parts), reverse=True)
+    root = 2 * 4 * parts.root
+    if not parallel.reshard:
+        return root + width * sum(units) + (width + reduced) * units[0]
+    return root + width * (units[0] + units[1]) + width * units[0] + (width + reduced) * units[0]
+
+
+def _units(job: Job, parallel: ParallelConfig, parts: Parts) -> list[int]:
+    """Parameters of each FSDP unit as one rank gathers it."""
+    moe_layers = job.model.num_moe_layers
+    experts = [parts.experts // parallel.expert] * moe_layers
+    dense = [parts.dense] * (job.model.num_layers - moe_layers)
+    return [*experts, *dense, *[parts.attention // parallel.tensor] * job.model.num_layers]
+
+
+def _exchanged(job: Job, parallel: ParallelConfig, active_experts: float) -> int:
+    """Rows of one layer on their way: sent and received, there and back, in one layer at a time."""
+    if parallel.expert == 1 or job.model.num_moe_layers == 0:
+        return 0
+    rows = rows_sent(job, parallel, active_experts) * job.workload(parallel).num_tokens
+    return round(4 * rows * job.compute_bytes * job.model.hidden_size)

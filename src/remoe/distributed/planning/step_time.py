@@ -1,0 +1,121 @@
+"""Seconds of an optimizer step: products and traffic at the machine's rates, and what of the exchanges is not hidden.
+
+Gathers and reductions run beside the computation, so only what is longer than it counts; exchanges around experts and
+attention are waited for.
+"""
+
+from dataclasses import dataclass
+
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.planning.job import Job, Parts
+from remoe.distributed.planning.machine import Machine
+from remoe.distributed.planning.traffic import traffic, unit_traffic
+
+OPTIMIZER_BYTES = 36
+"""A parameter's step of AdamW in fp32: weight, gradient and two moments read, three written, the gradient's norm read
+and its memory cleared."""
+TRAINED = 3
+"""A product's forward pass and its two gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step on one GPU."""
+
+    compute: float
+    """Of all micro-batches; of a layer at least as long as the host takes to launch it."""
+    exchanges: float
+    """Waited for: rows to experts and back, tokens around attention."""
+    gathers: float
+    """Parameters and gradients, as far as the computation does not hide them."""
+    optimizer: float
+    total: float
+
+
+def step_time(job: Job, parallel: ParallelConfig, gpus: Machine) -> StepTime:
+    """Of a layout in the steady state, with top_k experts a token."""
+    micro_batches = job.batch_size // parallel.data_ranks // job.micro_batch(parallel)
+    num_ranks = parallel.data_replicate * parallel.shared_by
+    compute = _compute_seconds(job, parallel, gpus)
+    exchanges = _exchange_seconds(job, parallel, gpus)
+    gathers = max(0.0, _gather_seconds(job, parallel, gpus) - compute)
+    shard = Parts.of(job.model).total / (parallel.shared_by if num_ranks > 1 else 1)
+    optimizer = OPTIMIZER_BYTES * shard / gpus["memory_rate"]
+    waited = micro_batches * exchanges, micro_batches * gathers
+    return StepTime(
+        compute=micro_batches * compute,
+        exchanges=waited[0],
+        gathers=waited[1],
+        optimizer=optimizer,
+        total=micro_batches * compute + sum(waited) + optimizer,
+    )
+
+
+def layer_seconds(tokens: float, sizes: tuple[int, int, int, float], gpus: Machine, width: int = 2) -> float:
+    """One expert layer, forward and backward: (hidden, expert's width, experts here, experts a token) = sizes.
+
+    Its products, passes over the rows' values, and its weights once each way with their gradients; the rates are
+    fitted to measured layers (benchmarks/plan_constants.py).
+    """
+    hidden, ffn, experts, active = sizes
+    products = TRAINED * 2 * 3 * tokens * active * hidden * ffn
+    rows = gpus["expert_row_passes"] * tokens * active * (hidden + ffn) * width
+    weights = TRAINED * width * 3 * experts * hidden * ffn
+    return products / gpus["expert_products"] + (rows + weights) / gpus["memory_rate"]
+
+
+def _compute_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
+    """One micro-batch."""
+    model = job.model
+    tokens, layers, moe_layers = job.workload(parallel).num_tokens, model.num_layers, model.num_moe_layers
+    attention, sparse = _attention_seconds(job, tokens, gpus), _moe_seconds(job, parallel, tokens, gpus)
+    dense = layer_seconds(tokens, (model.hidden_size, model.intermediate_size, 1, 1), gpus, job.compute_bytes)
+    again = {"full": (4 / 3, 4 / 3), "selective": (4 / 3, 1.0)}.get(job.activation_checkpointing, (1.0, 1.0))
+    attention, sparse, dense = attention * again[0], sparse * again[1], dense * again[0]
+    if not job.is_compiled:
+        attention = max(attention, gpus["attention_host"])
+        sparse, dense = max(sparse, gpus["expert_host"]), max(dense, gpus["dense_host"])
+    blocks = layers * attention + moe_layers * sparse + (layers - moe_layers) * dense
+    return blocks + _head_seconds(job, tokens, gpus)
+
+
+def _head_seconds(job: Job, tokens: float, gpus: Machine) -> float:
+    """Output head and loss: products, and passes over the logits."""
+    logits = tokens * (job.model.vocab_size or 0)
+    passes = gpus["logit_passes"] * logits * job.compute_bytes
+    return TRAINED * 2 * logits * job.model.hidden_size / gpus["products"] + passes / gpus["memory_rate"]
+
+
+def _attention_seconds(job: Job, tokens: float, gpus: Machine) -> float:
+    """Projections, causal scores (half of all pairs; the backward pass computes them again), norms and residuals."""
+    model = job.model
+    projections = TRAINED * 2 * tokens * Parts.of(model).attention
+    scores = 3.5 * 2 * tokens * job.sequence_length * model.head_width * model.num_heads
+    elementwise = gpus["block_passes"] * tokens * model.hidden_size * job.compute_bytes
+    return projections / gpus["products"] + scores / gpus["attention_products"] + elementwise / gpus["memory_rate"]
+
+
+def _moe_seconds(job: Job, parallel: ParallelConfig, tokens: float, gpus: Machine) -> float:
+    moe = job.model.moe
+    if job.model.num_moe_layers == 0:
+        return 0.0
+    busiest = gpus["expert_imbalance"] if parallel.expert > 1 else 1.0
+    sizes = (moe.hidden_size, moe.expert_size, moe.routed_experts // parallel.expert, moe.routed_top_k)
+    router = TRAINED * 2 * tokens * moe.hidden_size * moe.routed_experts / gpus["fp32_products"]
+    return busiest * layer_seconds(tokens, sizes, gpus, job.compute_bytes) + router
+
+
+def _exchange_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
+    sent = traffic(job, parallel)
+    seconds = gpus.exchange_seconds(sent.all_to_all, parallel.expert)
+    if parallel.expert > 1:
+        seconds += job.model.num_moe_layers * gpus["exchange_wait"]
+    seconds += gpus.exchange_seconds(sent.sequence, parallel.sequence_ranks)
+    return seconds
+
+
+def _gather_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
+    sent, units, ranks = traffic(job, parallel), unit_traffic(job, parallel), parallel.shared_by
+    experts = gpus.gather_seconds(units["experts"], ranks // parallel.expert, parallel.expert)
+    replicas = gpus.gather_seconds(sent.replicas, parallel.data_replicate, ranks)
+    return experts + gpus.gather_seconds(units["others"], ranks) + replicas

@@ -1,0 +1,95 @@
+"""Whole training steps that were measured, as jobs and layouts whose cost can be predicted."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from remoe.distributed.config import ParallelConfig
+from remoe.distributed.planning import Estimate, Job, estimate, machine
+from remoe.recipes.catalog import read_config
+from remoe.training.job import job_of
+
+VOCABULARY = 50257
+"""Of models whose config leaves it open, as the benchmarks have it."""
+LAYOUT_SIZES = ("data_replicate", "expert", "tensor", "context")
+
+
+class Measured(NamedTuple):
+    """One row of a file of results."""
+
+    source: str
+    what: str
+    gpu: str
+    job: Job
+    parallel: ParallelConfig
+    tokens_per_second: float
+    peak_bytes: int
+
+    def predicted(self) -> Estimate:
+        """What the formulas say of it."""
+        return estimate(self.job, self.parallel, machine())
+
+
+def measured_models(folder: Path) -> list[Measured]:
+    """Steady steps on one GPU: gpu/model*.json, written by `remoe bench model`."""
+    found = []
+    for path in sorted(folder.glob("gpu/model*.json")):
+        content = json.loads(path.read_text())
+        overrides = _after(content["command"], "--set")
+        for row in content["rows"]:
+            if (row.get("kind"), row.get("phase")) == ("ours", "steady"):
+                changes = [*overrides, f"model.router={row['candidate']}", "train.compile=true"]
+                job = _job(row["model"], changes, row["micro_batch"], row["accumulation"])
+                found.append(_measured(path, content["gpus"][0], row, job, None))
+    return found
+
+
+def measured_layouts(folder: Path) -> list[Measured]:
+    """Steps on several GPUs, and on one beside them: scale_out*.json, written by benchmarks/scale_out.py."""
+    return [row for path in sorted(folder.rglob("scale_out*.json")) for row in _layouts_in(path)]
+
+
+def _layouts_in(path: Path) -> Iterator[Measured]:
+    content = json.loads(path.read_text())
+    command, gpus = content["machine"]["command"], content["machine"]["gpus"]
+    config = _after(command, "scale_out.py")[0]
+    micro_batch, accumulation = (int((_after(command, key) or [default])[0]) for key, default in _SIZES)
+    for row in content["rows"]:
+        changes = [*_after(command, "--set"), f"model.router={row['router']}"]
+        job = _job(config, changes, micro_batch, accumulation * row["ranks"])
+        yield _measured(path, gpus[0], row, job, row["parallel"])
+
+
+_SIZES = (("--micro-batch", "8"), ("--accumulation", "4"))
+
+
+def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None) -> Measured:
+    layout = {key: size for key, size in (sizes or {}).items() if key in LAYOUT_SIZES}
+    parallel = job.layout(row.get("ranks", 1), **layout)
+    assert parallel is not None, f"{path}: a layout that was measured must be one"
+    peak = row["peak_bytes"] if isinstance(row["peak_bytes"], int) else max(row["peak_bytes"])
+    named = ", ".join(f"{key} {size}" for key, size in layout.items() if size > 1)
+    what = f"{job.model.moe.router_name} on {row.get('ranks', 1)}" + (f", {named}" if named else "")
+    return Measured(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak)
+
+
+def _job(config: str, overrides: Sequence[str], micro_batch: int, micro_batches: int) -> Job:
+    sizes = [f"train.micro_batch_size={micro_batch}", f"train.batch_size={micro_batch * micro_batches}"]
+    run = read_config(config, [*overrides, *sizes])
+    model = dataclasses.replace(run.model, vocab_size=run.model.vocab_size or VOCABULARY)
+    return job_of(dataclasses.replace(run, model=model))
+
+
+def _after(command: str, word: str) -> list[str]:
+    """The words of a command that follow one, up to the next option."""
+    words = shlex.split(command)
+    start = next((place for place, found in enumerate(words) if found.endswith(word)), len(words))
+    values = []
+    for value in words[start + 1 :]:
+        if value.startswith("--"):
+            break
+        values.append(value)
+    return values

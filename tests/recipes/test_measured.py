@@ -1,0 +1,39 @@
+"""Files of results, read as jobs and layouts."""
+
+import json
+from pathlib import Path
+
+from remoe.recipes.measured import measured_layouts, measured_models
+
+
+def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
+    command = "benchmarks/scale_out.py remoe-469m-relu --expert 1 2 --micro-batch 4 --accumulation 3"
+    command += " --set data.sequence_length=512 --output x.json"
+    parallel = {"data_replicate": 1, "data_shard": 2, "expert": 2, "tensor": 1, "context": 1, "timeout": 600.0}
+    rows = [
+        {"router": "topk", "ranks": 1, "parallel": None, "tokens_per_second": 10.0, "peak_bytes": [5]},
+        {"router": "topk", "ranks": 2, "parallel": parallel, "tokens_per_second": 18.0, "peak_bytes": [5, 7]},
+    ]
+    content = {"machine": {"command": command, "gpus": ["a card", "a card"]}, "rows": rows}
+    (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
+    alone, two = measured_layouts(tmp_path)
+    assert (alone.what, two.what) == ("topk on 1", "topk on 2, expert 2")
+    assert (two.job.batch_size, two.job.micro_batch_size, two.job.sequence_length) == (4 * 3 * 2, 4, 512)
+    assert (alone.job.batch_size, alone.parallel.shards) == (12, 1)
+    assert two.job.model.moe.router_name == "topk"
+    assert (two.parallel.expert, two.parallel.shards, two.peak_bytes, two.gpu) == (2, 2, 7, "a card")
+    assert two.predicted().tokens_per_second > alone.predicted().tokens_per_second
+
+
+def test_measured_models_are_the_steady_steps_of_ours(tmp_path: Path):
+    row = {"model": "remoe-182m-relu", "kind": "ours", "phase": "steady", "candidate": "relu", "micro_batch": 8}
+    row |= {"accumulation": 2, "tokens_per_second": 9.0, "peak_bytes": 3}
+    others = [row | {"phase": "start"}, row | {"kind": "peer"}, {"kind": "ratio"}]
+    command = "python3 -m remoe bench model remoe-182m-relu --set train.activation_checkpointing=false --steps 4"
+    (tmp_path / "gpu").mkdir()
+    content = {"command": command, "gpus": ["a card"], "rows": [row, *others]}
+    (tmp_path / "gpu" / "model_182m.json").write_text(json.dumps(content))
+    (found,) = measured_models(tmp_path)
+    assert found.job.is_compiled
+    assert (found.job.batch_size, found.job.micro_batch_size) == (16, 8)
+    assert found.job.activation_checkpointing == "none"
