@@ -14,8 +14,11 @@ except ImportError:
 from remoe.hf import experts
 from remoe.hf.modeling_remoe import ReMoEConfig, ReMoEForCausalLM, ReMoEModel
 from remoe.hf.native import from_native, to_native
+from remoe.hf.sparsity import SparsityCallback, SparsityTracker
 
-__all__ = ["ReMoEConfig", "ReMoEForCausalLM", "ReMoEModel", "from_native", "to_native"]
+__all__ = [
+    "ReMoEConfig", "ReMoEForCausalLM", "ReMoEModel", "SparsityCallback", "SparsityTracker", "from_native", "to_native",
+]  # fmt: skip
 
 transformers.AutoConfig.register(ReMoEConfig.model_type, ReMoEConfig, exist_ok=True)
 transformers.AutoModel.register(ReMoEConfig, ReMoEModel, exist_ok=True)
