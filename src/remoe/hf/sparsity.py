@@ -141,7 +141,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
 def _unwrapped(model: nn.Module) -> Any:
     """The routed model inside wrappers, of our class or of an export's; ConfigError where it has no ReLU gates."""
-    found = next((module for module in model.modules() if _is_ours(module)), None)
+    found: Any = next((module for module in model.modules() if _is_ours(module)), None)
     if found is None or not found.config.is_relu_gated or not any(layer.is_sparse for layer in found.model.layers):
         router = "none" if found is None else repr(found.config.router_name)
         raise ConfigError(
