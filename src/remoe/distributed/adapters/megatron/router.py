@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from remoe.distributed.adapters.megatron.counts import StepCounts, counted_in_backward, counts_of
+from remoe.distributed.adapters.counts import StepCounts, counted_in_backward, counts_of
 from remoe.distributed.adapters.megatron.settings import RouterSettings, moe_layers_of
 from remoe.moe import losses
 from remoe.moe.routers.recurrent import RecurrentReLURouter, RMoERouter

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from remoe.distributed.adapters.megatron.counts import StepCounts
+from remoe.distributed.adapters.counts import StepCounts
 from remoe.distributed.adapters.megatron.layer import RoutedTransformerLayer
 from remoe.distributed.adapters.megatron.router import ROUTERS, MegatronRouter, Penalties
 from remoe.distributed.adapters.megatron.settings import RouterSettings, check_config, experts_of
