@@ -147,7 +147,7 @@ def test_a_short_domain_is_filled_up_without_labels():
     (batch,) = validation_batches(numbered([5]), 8, 4, num_batches=1)
     assert batch.labels_BS.tolist() == [[1, 2, 3, 4] + [NO_LABEL] * 4]
     assert batch.tokens_BS[0, :5].tolist() == [0, 1, 2, 3, 4]
-    assert batch.document_BS.tolist() == [[0] * 5 + [1] * 3]
+    assert batch.document_BS.tolist() == [[0] * 5 + [-1] * 3]
 
 
 def test_validation_of_a_blend_covers_its_sources():

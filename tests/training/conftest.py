@@ -75,13 +75,15 @@ def config(text: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Four sequences of eight random bytes, with labels that are missing in places."""
+    """Four sequences of eight random bytes, the first one shorter: labels and then tokens are missing."""
     generator = torch.Generator().manual_seed(3)
     tokens_BS = torch.randint(0, 256, (4, 8), generator=generator)
     labels_BS = torch.randint(0, 256, (4, 8), generator=generator)
     labels_BS[0, 5:] = -100
     zeros_BS = torch.zeros_like(tokens_BS)
-    return Batch(tokens_BS, labels_BS, zeros_BS, zeros_BS)
+    document_BS = zeros_BS.clone()
+    document_BS[0, 6:] = -1
+    return Batch(tokens_BS, labels_BS, document_BS, zeros_BS)
 
 
 @pytest.fixture

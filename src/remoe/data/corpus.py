@@ -9,6 +9,7 @@ from remoe.data.config import DataConfig, Source
 from remoe.data.dataset import AnyDataset, BlendedDataset, TokenDataset
 from remoe.data.embedded import embedded_corpus
 from remoe.data.files import beside, file_hash
+from remoe.data.instructions import InstructionDataset, Reading, hold_out_conversations, open_instructions
 from remoe.data.prepared import open_prefix
 from remoe.data.readers import check_file
 from remoe.data.sampler import too_short
@@ -66,7 +67,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     validations = _open_long_enough(validation_files, tokenizer, config)
     if not validations:
         minimum = config.sequence_length + 1
-        pairs = [hold_out(dataset, config.validation_fraction, minimum) for dataset in trains]
+        pairs = [_hold_out(dataset, config.validation_fraction, minimum) for dataset in trains]
         trains, validations = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     names = _domains((*trains, *validations))
     train = _blend(trains, [file.weight for file in train_files], names)
@@ -160,7 +161,7 @@ def _open_tokenizer(config: DataConfig, files: Sequence[_File]) -> Tokenizer:
 def _open_long_enough(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) -> list[TokenDataset]:
     opened = _open_all(files, tokenizer, config)
     for dataset in opened:
-        if dataset.num_tokens < config.sequence_length + 1:
+        if dataset.num_tokens < config.sequence_length + 1 and not config.holds_instructions:
             raise too_short(dataset, config.sequence_length)
     return opened
 
@@ -169,11 +170,28 @@ def _open_all(files: Sequence[_File], tokenizer: Tokenizer, config: DataConfig) 
     opened = []
     for file in files:
         domain = "text" if len(files) == 1 else file.path.name.partition(".")[0] or file.path.name
-        if file.is_prefix:
+        if config.holds_instructions:
+            opened.append(_open_instructions(file, tokenizer, config, domain))
+        elif file.is_prefix:
             opened.append(open_prefix(file.path, tokenizer, domain))
         else:
             opened.append(open_text(file.path, tokenizer, config, domain))
     return opened
+
+
+def _open_instructions(file: _File, tokenizer: Tokenizer, config: DataConfig, domain: str) -> TokenDataset:
+    if file.is_prefix or file.embedded:
+        raise DataError(
+            f"data.format is instructions, but {file.given} is text; name a jsonl file of questions and answers"
+        )
+    reading = Reading(tokenizer, config.template, config.sequence_length, config.packing)
+    return open_instructions(file.path, domain, reading)
+
+
+def _hold_out(dataset: TokenDataset, fraction: float, minimum: int) -> tuple[TokenDataset, TokenDataset]:
+    if isinstance(dataset, InstructionDataset):
+        return hold_out_conversations(dataset, fraction)
+    return hold_out(dataset, fraction, minimum)
 
 
 def _domains(datasets: Sequence[TokenDataset]) -> tuple[str, ...]:

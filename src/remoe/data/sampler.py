@@ -5,7 +5,7 @@ tokens (each token is a label once), and the samples are shuffled. Blends interl
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from remoe.data.dataset import AnyDataset, TokenDataset
 from remoe.errors import DataError
 
 NO_LABEL = -100
+NO_TOKEN = -1  # in samples: padding, and its document; as a label: none
 PATTERN = 10_000  # samples after which a blend repeats its pattern: weights are exact to 1e-4
 
 
 class Batch(NamedTuple):
     """Sequences of one forward pass, all int64 [B, S].
 
-    labels: the next token, -100 where there is none. document: equal numbers in a row are the same document.
+    labels: the next token, -100 where there is none. document: equal numbers in a row are the same document, -1 is
+    padding.
     domain: index into the dataset's `domains`, of the document that the label is in.
     """
 
@@ -44,7 +46,7 @@ class Sampler:
         self.batch_size = batch_size
         seed %= 2**64  # numpy takes none below 0
         self._orders = [
-            _SampleOrder(source, sequence_length, (seed, place)) for place, (source, _) in enumerate(dataset.sources)
+            _order_of(source, sequence_length, (seed, place)) for place, (source, _) in enumerate(dataset.sources)
         ]
         self._pattern = blend_pattern([weight for _, weight in dataset.sources])
 
@@ -128,10 +130,20 @@ class TokenStream:
     def read_padded(self, start: int, count: int) -> NDArray[np.int64]:
         """Like `read`, but past the end of the stream the token is -1."""
         stretch = self.read(start, min(count, self.num_tokens - start))
-        missing = count - stretch.shape[1]
-        padding = np.repeat(stretch[:, -1:], missing, axis=1)
-        padding[0], padding[1] = -1, padding[1] + 1
-        return np.concatenate((stretch, padding), axis=1)
+        return padded(stretch, count)
+
+
+def padded(sample: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """A sample of rows (token, document, domain and perhaps label), filled up to `count` places with padding."""
+    padding = np.repeat(sample[:, -1:], count - sample.shape[1], axis=1)
+    padding[[row for row in range(len(sample)) if row != 2]] = NO_TOKEN
+    return np.concatenate((sample, padding), axis=1)
+
+
+def _order_of(source: TokenDataset, sequence_length: int, seed: tuple[int, ...]) -> Any:
+    """The source's own order of samples where it has one: instructions are not cut at any token."""
+    own = getattr(source, "sample_order", None)
+    return own(sequence_length, seed) if own else _SampleOrder(source, sequence_length, seed)
 
 
 class _SampleOrder:
@@ -179,11 +191,16 @@ def _windows_per_domain(dataset: AnyDataset, sequence_length: int) -> list[list[
     for domain in range(len(dataset.domains)):
         windows: list[tuple[TokenStream, int]] = []
         for source, _ in dataset.sources:
-            stream = TokenStream(source, np.flatnonzero(source.domain_of_document == domain))
-            count = max((stream.num_tokens - 1) // sequence_length, int(stream.num_tokens > 1))
-            windows.extend((stream, place * sequence_length) for place in range(count))
+            own = getattr(source, "validation_windows", None)
+            windows.extend(own(domain, sequence_length) if own else _windows(source, domain, sequence_length))
         found.append([windows[i] for i in shuffled(len(windows), (0, domain))])
     return found
+
+
+def _windows(source: TokenDataset, domain: int, sequence_length: int) -> Iterator[tuple[TokenStream, int]]:
+    stream = TokenStream(source, np.flatnonzero(source.domain_of_document == domain))
+    count = max((stream.num_tokens - 1) // sequence_length, int(stream.num_tokens > 1))
+    return ((stream, place * sequence_length) for place in range(count))
 
 
 def _round_robin(queues: Sequence[Sequence[tuple[TokenStream, int]]], count: int) -> list[tuple[TokenStream, int]]:
@@ -193,10 +210,10 @@ def _round_robin(queues: Sequence[Sequence[tuple[TokenStream, int]]], count: int
 
 
 def _stack(samples: Sequence[NDArray[np.int64]]) -> Batch:
-    """Samples of rows (token, document, domain) [3, S + 1] to a batch."""
+    """Samples of rows (token, document, domain) [3, S + 1] to a batch; a fourth row holds the labels' own tokens."""
     rows = torch.from_numpy(np.stack(samples, axis=1))
-    tokens, documents, domains = rows
-    labels = tokens[:, 1:].clone()
+    tokens, documents, domains = rows[:3]
+    labels = rows[-1 if len(rows) == 4 else 0, :, 1:].clone()
     return Batch(
         tokens_BS=tokens[:, :-1].clamp(min=0),
         labels_BS=labels.masked_fill_(labels < 0, NO_LABEL),

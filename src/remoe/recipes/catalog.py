@@ -93,6 +93,6 @@ def _entries() -> dict[str, dict[str, Any]]:
     import yaml
 
     entries: dict[str, dict[str, Any]] = {}
-    for table in ("small.yaml", "routers.yaml", "remoe.yaml", "rmoe.yaml"):
+    for table in ("small.yaml", "routers.yaml", "remoe.yaml", "rmoe.yaml", "sft.yaml"):
         entries |= yaml.safe_load(resources.files("remoe.recipes").joinpath(table).read_text(encoding="utf-8"))
     return entries

@@ -1,6 +1,7 @@
 """Settings of one run: every section of a run's config.yaml, with the defaults of the papers."""
 
 import re
+from pathlib import Path
 
 from remoe.config import check_choice, check_positive, check_range, config_class, setting
 from remoe.data.config import DataConfig
@@ -122,6 +123,12 @@ class LoopConfig:
     flip_interval: int = setting(10, "steps between measurements of the routing's flip rate; 0: never")
     max_bad_steps: int = setting(10, "steps in a row without a finite loss after which the run stops")
     sinks: list[str] = setting(list, "more places for metrics: tensorboard, wandb, trackio")
+    init_from: Path | None = setting(
+        None, "a run, checkpoint or export to start from: weights, model and tokenizer; null: drawn from the seed"
+    )
+    freeze_router: str = setting(
+        "none", "router weights that stay as they start: none, head (the logits' own), head_and_cell, all"
+    )
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "log_interval", "validation_interval", "validation_batches"):
@@ -131,6 +138,7 @@ class LoopConfig:
         check_range("train.flip_interval", self.flip_interval, 0)
         check_choice("train.precision", self.precision, ("fp32", "bf16"))
         recomputation("train.activation_checkpointing", self.activation_checkpointing)
+        check_choice("train.freeze_router", self.freeze_router, ("none", "head", "head_and_cell", "all"))
         check_choice("train.rows", self.rows, ("auto", "exact", "capacity"))
         if self.cuda_graphs and self.rows == "exact":
             raise ConfigError(

@@ -16,11 +16,11 @@ from remoe.distributed import launch
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import world_size
 from remoe.errors import CheckpointError
-from remoe.model import ReMoEForCausalLM
-from remoe.training import lock, run
+from remoe.training import init_from, lock, run
 from remoe.training.checkpoint import Checkpoint, NewerSchemaError, newest
 from remoe.training.config import TrainConfig
 from remoe.training.deterministic import same_bits
+from remoe.training.frozen import freeze_routers
 from remoe.training.progress import LogReporter, Reporter, SilentReporter
 from remoe.training.resume import check_resume
 from remoe.training.run import Run
@@ -46,6 +46,7 @@ def train(
     checkpoint are written. Started by torchrun, all processes call this and train together.
     """
     path = Path(root) / config.name
+    config = init_from.with_origin(config, path if resume else None)
     parallel = resolve_ranks(config, world_size())
     device = launch.local_device(pick_device(config.train.device))
     with same_bits(config.train), launch.process_group(device, parallel.timeout), ExitStack() as stack:
@@ -76,14 +77,18 @@ def _train_in(job: Job, config: TrainConfig, ranks: Ranks, reporter: Reporter) -
     path, device = job.path, job.device
     start = ranks.on_first(lambda: find_start(path, config, reporter)) if job.resume else None
     corpus = ranks.in_turn(lambda: open_corpus(config.data))
+    init_from.check_tokenizer(config, corpus.tokenizer)
     config = resolve(config, corpus.tokenizer)
     with own_random_state(config.seed, device):
-        model = ReMoEForCausalLM(config.model, seed=config.seed)
+        model = init_from.initial_model(config, will_be_restored=start is not None)
+        freeze_routers(model, config.train.freeze_router)
         trainer = Trainer(config, path, corpus, Stepper(config, model, device, ranks), reporter)
         if start is not None:
             trainer.restore(start)
-        else:
+        elif config.train.init_from is None:
             trainer.prepare_routers()
+        else:
+            init_from.take_over_coefficient(config, trainer.stepper.controller)
         trainer.prepare_folder(job.overwrite)
         trainer.train()
     return Run(path, config)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
+from remoe.data.sampler import NO_TOKEN
 from remoe.distributed.ranks import Ranks
 from remoe.model.decoder import Handed, LossOutput
 from remoe.moe.routing import Routing
@@ -82,7 +83,10 @@ class MicroBatchLoss:
         """What the model makes of a batch, or a part of it of what the part before handed on."""
         with autocast(self.config.train.precision, self.device):
             documents_BS = attention_documents(batch, self.config)
-            return self.model(batch.tokens_BS, document_BS=documents_BS, labels_BS=batch.labels_BS, handed=handed)
+            mask_BS = counted_tokens(batch, self.config)
+            return self.model(
+                batch.tokens_BS, mask_BS, document_BS=documents_BS, labels_BS=batch.labels_BS, handed=handed
+            )
 
     def measure(self, output: LossOutput, weighing: Weighing) -> Measured:
         """Losses and counts of a forward pass."""
@@ -132,6 +136,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def attention_documents(batch: Batch, config: TrainConfig) -> Tensor | None:
     """Document numbers that confine attention, where `data.document_mask` asks for it."""
     return batch.document_BS if config.data.document_mask else None
+
+
+def counted_tokens(batch: Batch, config: TrainConfig) -> Tensor | None:
+    """False for padding, where the data have some: it is not attended to, routed or counted."""
+    return batch.document_BS != NO_TOKEN if config.data.holds_instructions else None
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

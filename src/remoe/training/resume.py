@@ -12,14 +12,17 @@ from remoe.training.checkpoint import Checkpoint
 from remoe.training.config import TrainConfig
 
 CHANGEABLE = {
-    "name", "data.cache",
+    "name", "data.cache", "data.tokenizer",
     "train.steps", "train.micro_batch_size", "train.device", "train.compile", "train.activation_checkpointing",
     "train.rows", "train.cuda_graphs", "train.deterministic",
     "train.log_interval", "train.validation_interval", "train.checkpoint_interval", "train.keep_checkpoints",
     "train.async_checkpoint",
     "train.flip_interval", "train.max_bad_steps", "train.sinks",
 }  # fmt: skip
-"""Settings that a resumed run may change: length, speed, place and logging, not model, data or optimizer."""
+"""Settings that a resumed run may change: length, speed, place and logging, not model, data or optimizer.
+
+The tokenizer's place may change, itself not: check_corpus compares fingerprints.
+"""
 
 
 def check_resume(config: TrainConfig, checkpoint: Checkpoint) -> None:

@@ -18,5 +18,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
     run = run_of(path)
     folder = run.path / TOKENIZER if run else path
     if not (folder / CARD).is_file():
-        raise CheckpointError(f"{path} holds no tokenizer, must be a run, one of its checkpoints, or an export")
+        raise CheckpointError(
+            f"{path} is not a run, one of its checkpoints or an export with its tokenizer; `remoe runs` lists the runs"
+        )
     return load_saved_tokenizer(folder)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.data import Batch
-from remoe.data.sampler import NO_LABEL
+from remoe.data.sampler import NO_LABEL, NO_TOKEN
 from remoe.distributed.ranks import Ranks
 from remoe.moe import stats
 from remoe.moe.evaluation import evaluated_as, other_evaluations
@@ -72,11 +72,9 @@ def evaluate(
 
 
 def token_mask(batch: Batch) -> Tensor | None:
-    """False for the padding after a short text; None where there is none. A token without a label is the last one."""
-    has_label_BS = batch.labels_BS[:, :-1] != NO_LABEL
-    if has_label_BS.all():
-        return None
-    return torch.cat((torch.ones_like(has_label_BS[:, :1]), has_label_BS), dim=1)
+    """False for the padding after a short text; None where there is none."""
+    counted_BS = batch.document_BS != NO_TOKEN
+    return None if counted_BS.all() else counted_BS
 
 
 class _Sums:

@@ -176,7 +176,6 @@ def test_the_real_sets_are_read_with_their_sizes(harness, run):
 
 
 def test_a_task_without_a_file_is_named_with_the_file_that_it_needs(data, tmp_path):
-    pytest.importorskip("lm_eval")
     (tmp_path / "arc_easy_train.jsonl").touch()
     with pytest.raises(DataError, match=r"must hold arc_easy_test\.jsonl or arc_easy_validation\.jsonl"):
         write_tasks(["arc_easy"], tmp_path, tmp_path)

@@ -1,0 +1,46 @@
+"""`remoe eval --tasks`: a table with standard errors, the harness's JSON, and options that belong together."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [
+        {"goal": f"Paint {i}.", "sol1": "Use a brush.", "sol2": "Eat the paint.", "label": i % 2} for i in range(4)
+    ]  # fmt: skip
+    folder = tmp_path / "evals"
+    folder.mkdir()
+    (folder / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.heavy
+def test_tasks_are_a_table_with_sizes_and_errors_and_a_file_of_the_harness(remoe, run_folder, data, tmp_path):
+    pytest.importorskip("lm_eval")
+    outcome = remoe("eval", run_folder, "--tasks", "piqa", "--data", data, "--sequence-length", 64, "--device", "cpu",
+                    "--output", tmp_path / "new" / "scores.json")  # fmt: skip
+    assert outcome.code == 0
+    header, *rows = (line.split() for line in outcome.out.splitlines())
+    assert header == ["task", "split", "shots", "n", "metric", "value", "std.", "error"]
+    assert [row[:5] for row in rows] == [["piqa", "validation", "0", "4", metric] for metric in ("acc", "acc_norm")]
+    written = json.loads((tmp_path / "new" / "scores.json").read_text())
+    assert f"{written['results']['piqa']['acc,none']:.4f}" == rows[0][5]
+    assert f"{written['results']['piqa']['acc_stderr,none']:.4f}" == rows[0][6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--limit", 3), "--limit needs --tasks"),
+        (("--output", "scores.json"), "--output needs --tasks"),
+        (("--tasks", "piqa", "--sequences", 3), "--sequences is for text, must be left out with --tasks"),
+        (("--tasks", "piqua", "--data", "."), "did you mean 'piqa'?"),
+        (("--tasks", "piqa", "--data", "gone"), "--data is gone, must be a folder with a jsonl file a task"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(remoe, run_folder, options, message):
+    outcome = remoe("eval", run_folder, *options)
+    assert outcome.code == 2
+    assert message in outcome.err
