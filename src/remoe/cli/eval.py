@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DATA = "text to score, by default the run's own validation text; with --tasks: a folder of their jsonl files"
 TASKS = "tasks of lm-evaluation-harness, or the groups remoe_seven and rmoe_five; comma-separated"
-LENGTH = "tokens read at once; by default the run's, and for an export 256 (with --tasks: 2048)"
+LENGTH = "tokens read at once; by default the run's, and for an export 256 (with --tasks: what it was trained with)"
 
 
 def eval_command(

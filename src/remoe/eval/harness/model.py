@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from remoe.training.saved import run_of, tokenizer_of
 from remoe.training.setup import pick_device
 
 DEFAULT_LENGTH = 2048
-"""The harness's own default, for exports: they do not say how long their sequences were in training."""
+"""The harness's own default, for exports that do not say how long their sequences were in training."""
 DEFAULT_BATCH_SIZE = 16
 _MAX_NEW_TOKENS = 256
 _STEPS_BETWEEN_LOOKS = 8
@@ -61,7 +62,7 @@ class RemoeLM(TemplateLM):
         trained_in = run.config.train.precision if run and self._device.type == "cuda" else "fp32"
         self.precision = precision or trained_in
         check_choice("precision", self.precision, ("fp32", "bf16"))
-        self.max_length = max_length or (run.config.data.sequence_length if run else DEFAULT_LENGTH)
+        self.max_length = max_length or (run.config.data.sequence_length if run else _trained_length(path))
         self.batch_size = _batch_size(batch_size)
 
     @property
@@ -174,6 +175,12 @@ class RemoeLM(TemplateLM):
 
 def _bar(title: str, total: int, is_off: bool) -> Any:
     return tqdm(total=total, desc=title, disable=is_off or None)  # None: off where there is no terminal
+
+
+def _trained_length(export: Path) -> int:
+    """What transformers takes an export's longest sequence to be."""
+    values = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    return values.get("max_position_embeddings", DEFAULT_LENGTH)
 
 
 def _batch_size(given: int | str | None) -> int:
