@@ -13,7 +13,7 @@ import torch
 
 import remoe
 from remoe.convert.megatron import convert_megatron, from_megatron
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, ConfigError
 from tests.convert.megatron.checkpoints import (
     ONE_RANK,
     Sizes,
@@ -90,12 +90,34 @@ def test_their_top_k_baseline_is_a_top_k_model(tmp_path: Path, pre_softmax: bool
     assert_same(found, model)
 
 
-def test_the_written_folder_loads_and_exports_like_any_other(tmp_path: Path):
+def test_the_written_folder_loads_like_any_other(tmp_path: Path):
     model = small_model()
     convert_megatron(saved(tmp_path / "megatron", model, Sizes(tensor=2)), tmp_path / "remoe")
     tokens_BS = torch.arange(16).view(2, 8)
     loaded = remoe.load(tmp_path / "remoe")
     torch.testing.assert_close(loaded(tokens_BS).logits, model.eval()(tokens_BS).logits)
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+def test_its_export_is_the_same_model_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = small_model(vocab_size=320)  # padded, as Megatron pads: the tokenizer has 257 ids
+    convert_megatron(saved(tmp_path / "megatron", model), tmp_path / "remoe", tokenizer="bytes")
+    export = ["-m", "remoe", "export", str(tmp_path / "remoe"), "--to", str(tmp_path / "export")]
+    finished = subprocess.run([sys.executable, *export], capture_output=True, text=True, timeout=240, check=False)
+    assert finished.returncode == 0, finished.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    tokens_BS = torch.arange(16).view(2, 8)
+    torch.testing.assert_close(theirs(tokens_BS).logits, model.eval()(tokens_BS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_an_error(tmp_path: Path):
+    folder = saved(tmp_path / "megatron", small_model())
+    with pytest.raises(ConfigError, match="has 257 ids, must have at most 64"):
+        convert_megatron(folder, tmp_path / "remoe", tokenizer="bytes")
+    assert not (tmp_path / "remoe").exists()
 
 
 def test_bf16_weights_stay_bf16(tmp_path: Path):

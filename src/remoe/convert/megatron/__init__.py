@@ -8,7 +8,8 @@ import torch
 from remoe.convert.megatron.config import config_for
 from remoe.convert.megatron.files import read
 from remoe.convert.megatron.names import to_native
-from remoe.errors import CheckpointError
+from remoe.data import load_tokenizer
+from remoe.errors import CheckpointError, ConfigError
 from remoe.model import ReMoEForCausalLM
 from remoe.model.weights import save_model
 
@@ -46,8 +47,23 @@ def from_megatron(folder: Path, router: str | dict[str, Any] | None = None) -> C
     return Converted(model.eval(), checkpoint.sparsity_coef, checkpoint.iteration)
 
 
-def convert_megatron(folder: Path, to: Path, router: str | dict[str, Any] | None = None) -> Converted:
-    """Write a Megatron checkpoint as a remoe model's folder, which `remoe export` and all other commands take."""
+def convert_megatron(
+    folder: Path, to: Path, tokenizer: str | None = None, router: str | dict[str, Any] | None = None
+) -> Converted:
+    """Write a Megatron checkpoint as a remoe model's folder, which all commands take.
+
+    `tokenizer`: the one that its data was prepared with, such as `gpt2:FOLDER` with vocab.json and merges.txt; without
+    it the model can be loaded, but neither `remoe export` nor `remoe generate` knows what its ids mean. Raises
+    ConfigError for a tokenizer with more ids than the model has.
+    """
     converted = from_megatron(folder, router)
+    known = None if tokenizer is None else load_tokenizer(tokenizer)
+    vocab_size = converted.model.config.vocab_size or 0
+    if known is not None and known.vocab_size > vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer!r} has {known.vocab_size} ids, must have at most {vocab_size}: those of the model"
+        )
     save_model(converted.model, to)
+    if known is not None:
+        known.save(to)
     return converted

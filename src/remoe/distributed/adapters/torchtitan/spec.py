@@ -45,7 +45,7 @@ def register_sparsity_hook(
 ) -> None:
     """After each optimizer step move the coefficient of all layers by the counts of all ranks (ReMoE eq. 7).
 
-    Raises ConfigError for tensor, expert and context parallelism.
+    Raises ConfigError for tensor, expert, context and pipeline parallelism.
     """
     for name in ("tp", "ep", "cp", "pp"):
         if getattr(parallel_dims, f"{name}_enabled"):
