@@ -71,8 +71,9 @@ def join(parallel: ParallelConfig, device: torch.device) -> Ranks:
 
 
 def _store(timeout: timedelta) -> dist.Store:
-    """Where the processes find each other. Each restart of torchrun's uses names of its own: gloo would otherwise
-    read the addresses of the attempt that died.
+    """Where the processes find each other. In torchrun's own store, which outlives them, each restart uses names of its
+    own: gloo would otherwise read the addresses of the attempt that died. A store of the first process is always new,
+    and a torchrun that joined later counts fewer restarts.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -80,7 +81,9 @@ def _store(timeout: timedelta) -> dist.Store:
             f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} are not set; start with torchrun, "
             "e.g. torchrun --standalone --nproc-per-node 2 -m remoe train CONFIG"
         )
-    is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
-    store = dist.TCPStore(address, port, world_size(), is_master=is_host, timeout=timeout, wait_for_workers=False)
-    return dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.TCPStore(
+        address, port, world_size(), is_master=not is_torchruns and rank() == 0, timeout=timeout, wait_for_workers=False
+    )
+    return dist.PrefixStore(f"try{number('TORCHELASTIC_RESTART_COUNT', 0)}", store) if is_torchruns else store
