@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+MOST_VALUES = 100_000
+"""In one config; lists of layers are the longest things in it."""
 LARGEST_SIZE = 10**6
 """Of a width or a number of layers, heads, experts, …: beyond any model, and the products of three still fit int64."""
 
@@ -53,6 +55,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is not UTF-8 text, must be a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (RecursionError, ValueError) as error:  # a date such as 2000-99-99 is a ValueError
+        raise ConfigError(f"config {path} is not valid YAML: {error}") from None
+    _check_bounded(f"config {path}", values)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -161,9 +166,20 @@ def _parse_scalar(override: str, text: str) -> Any:
 
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError(f"--set {override!r} cannot be read; quote the value, e.g. --set 'name=\"my run\"'") from None
+    _check_bounded(f"--set {override.partition('=')[0]}", value)
     return _number_or_text(value) if isinstance(value, str) else value
+
+
+def _check_bounded(what: str, values: Any) -> None:
+    """Raise ConfigError where aliases (`*name`) unfold without end, or to more than any config holds."""
+    waiting, left = [values], MOST_VALUES
+    while waiting:
+        value, left = waiting.pop(), left - 1
+        if left < 0:
+            raise ConfigError(f"{what} unfolds to more than {MOST_VALUES} values; write out what its aliases stand for")
+        waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _number_or_text(text: str) -> float | str:

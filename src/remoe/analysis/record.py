@@ -108,7 +108,7 @@ def load_records(path: Path) -> list[RunRecord]:
         return [_record(run) for run in content["runs"]]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; `remoe analyze RUN` writes it beside the report") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is not the analysis.json of a report; `remoe analyze RUN` writes one") from None
 
 

@@ -20,8 +20,9 @@ def temporary(path: Path) -> Path:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a killed writer, never sees half of it."""
     scratch = temporary(path)
+    scratch.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
-        with open(scratch, "wb") as file:
+        with open(scratch, "xb") as file:
             file.write(content)
             sync(file)
         os.replace(scratch, path)

@@ -20,6 +20,10 @@ PILE_FIELD = "meta.pile_set_name"
 COMPRESSIONS = (".gz", ".xz", ".zst")
 DOCUMENT_BYTES = 65536  # a longer text file is cut at paragraph ends: shuffling and held-out parts need documents
 CHUNK_BYTES = 4 << 20
+MAX_UNFOLDING = 200
+"""How many bytes one byte of a compressed file may become: text becomes up to 20, a bomb a thousand or more."""
+FREE_BYTES = 64 << 20
+"""That many may come out whatever the size of the file."""
 BOM = b"\xef\xbb\xbf"
 OTHER_FORMATS = {  # how to make text of what is often mistaken for it
     ".csv": 'pandas.read_csv("FILE").to_json("FILE.jsonl", orient="records", lines=True)',
@@ -311,8 +315,11 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
         import pyarrow.parquet as pq
     except ImportError:
         raise MissingExtraError("pyarrow", "data") from None
+    size = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
+            size += batch.nbytes
+            _check_unfolding(path, size)
             for row in batch.to_pylist():
                 yield json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
 
@@ -322,10 +329,38 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if suffix == ".gz":
         import gzip
 
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return _bounded(path, gzip.GzipFile(fileobj=raw))
     if suffix == ".xz":
-        return lzma.LZMAFile(raw)  # type: ignore[return-value]
-    return io.BufferedReader(_ZstdStream(raw), 1 << 20) if suffix == ".zst" else raw  # type: ignore[return-value]
+        return _bounded(path, lzma.LZMAFile(raw))
+    return _bounded(path, _ZstdStream(raw)) if suffix == ".zst" else raw
+
+
+def _bounded(path: Path, stream: Any) -> IO[bytes]:
+    return io.BufferedReader(_BoundedStream(path, stream), 1 << 20)  # type: ignore[return-value]
+
+
+def _check_unfolding(path: Path, size: int) -> None:
+    if size > FREE_BYTES and size > MAX_UNFOLDING * path.stat().st_size:
+        raise DataError(
+            f"{path} unfolds to more than {MAX_UNFOLDING} times its size, as no text does (a zip bomb?); if it is "
+            "text, decompress it and name the result"
+        )
+
+
+class _BoundedStream(io.RawIOBase):
+    """Passes a decompressed stream on, as long as it is no bomb (DataError): nothing holds more than a piece of it."""
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self._path, self._stream, self._size = path, stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._stream.readinto(buffer)
+        self._size += size
+        _check_unfolding(self._path, self._size)
+        return size
 
 
 class _ZstdStream(io.RawIOBase):
@@ -352,7 +387,7 @@ class _ZstdStream(io.RawIOBase):
 
     def _fill(self) -> bool:
         """Decompress some more; False at the end of the file."""
-        self._compressed = self._compressed or self._raw.read(1 << 17)
+        self._compressed = self._compressed or self._raw.read(1 << 10)  # what it becomes is held at once
         if not self._compressed:
             if self._frame is not None:
                 raise EOFError("it ends in the middle of a frame")

@@ -124,7 +124,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder} holds no tokenizer ({CARD} is missing)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(card, dict) or not {"kind", "name", "fingerprint"} <= card.keys():
         raise DataError(f"{path} is damaged: it must name kind, name and fingerprint")

@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ReMoEConfig:
     path = Path(folder) / _CONFIG
     values = _read_json(path)
     version = values.get("schema_version", SCHEMA_VERSION)
-    if version > SCHEMA_VERSION:
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise CheckpointError(f"{path} has schema_version {version}, must be at most {SCHEMA_VERSION}; update remoe")
     names = [field.name for field in fields(ReMoEConfig)]
     absent = [name for name in names if name not in values and name not in _ADDED_LATER]
@@ -144,6 +144,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to beside the file, which is replaced at the end; a failure leaves the old one."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         yield partial
         os.replace(partial, path)
@@ -190,7 +191,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a model's folder holds {_CONFIG} and *.safetensors") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")

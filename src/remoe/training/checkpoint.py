@@ -53,10 +53,12 @@ class Checkpoint(NamedTuple):
         try:
             with _own_errors(), torch.no_grad():
                 dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
-        except (OSError, AssertionError) as error:  # torch asserts that it found something
-            if self.path.is_dir():
+        except (OSError, AssertionError) as error:  # torch asserts that it found something, and can read it
+            if not self.path.is_dir():
+                raise _removed(self.path) from error
+            if isinstance(error, OSError):
                 raise
-            raise _removed(self.path) from error
+            raise CheckpointError(f"checkpoint {self.path} is damaged: {error}") from error
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {self.path} does not fit this model: {error}") from error
 
@@ -96,6 +98,7 @@ def read(path: Path) -> Checkpoint:
             f"checkpoint {path} has schema {manifest['schema']}, this version of remoe reads up to {SCHEMA}; "
             "update remoe"
         )
+    _check_names(path, manifest["files"])
     for name, entry in manifest["files"].items():
         _check_file(path / name, entry)
     record = _read_json(path / RECORD)
@@ -142,7 +145,15 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
         if step_of(path) != best_step:
             partial = path.with_suffix(".tmp")
             path.rename(partial)  # gone in one go: who looks never sees half of one
-            shutil.rmtree(partial)
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link to one only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -157,7 +168,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left half written."""
     for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 class NewerSchemaError(CheckpointError):
@@ -240,6 +251,16 @@ def _manifest(files: Mapping[str, Any]) -> dict[str, Any]:
     return manifest | {"sha256": _digest(json.dumps(manifest).encode())}
 
 
+def _check_names(path: Path, files: Mapping[str, Any]) -> None:
+    """The files beside the manifest, all of them and nothing elsewhere: torch reads every shard that it finds."""
+    elsewhere = [name for name in files if name != Path(name).name]
+    unlisted = sorted({file.name for file in path.glob("*.safetensors")} - files.keys())
+    if elsewhere:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} names {elsewhere[0]!r}, must be a file in it")
+    if unlisted:
+        raise CheckpointError(f"checkpoint {path} is damaged: {unlisted[0]} is not in its {MANIFEST}; remove the file")
+
+
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     where = f"checkpoint {path.parent} is damaged: {path.name}"
     if not path.is_file():
@@ -270,7 +291,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.parent} is not complete: {path.name} is missing") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is not JSON") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is not a JSON object")

@@ -82,6 +82,7 @@ def cut_back(path: Path, step: int) -> None:
         return
     kept = [line for line, metrics in _complete_lines(path) if metrics["step"] <= step]
     partial = path.with_suffix(".tmp")
+    partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)
         file.flush()
@@ -113,7 +114,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[str, Metrics]]:
 def _parse(path: Path, number: int, line: str) -> Metrics:
     try:
         metrics = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         metrics = None
     if not isinstance(metrics, dict) or "step" not in metrics:
         raise CheckpointError(f"{path}:{number} is damaged, must be one JSON object with a step; remove the line")

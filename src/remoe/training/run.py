@@ -86,7 +86,7 @@ def clear(path: Path) -> None:
     """Remove a run's own files from its folder, so that it can begin anew; anything else stays."""
     for entry in OWN_ENTRIES:
         target = path / entry
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():  # what a link points to is not the run's
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
@@ -95,5 +95,6 @@ def clear(path: Path) -> None:
 def write_config(path: Path, config: TrainConfig) -> None:
     """Write the resolved config, whole or not at all."""
     partial = path / f"{CONFIG}.tmp"
+    partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     partial.write_text(to_yaml(config), encoding="utf-8")
     partial.replace(path / CONFIG)
