@@ -1,6 +1,8 @@
 """torchtitan's MoE with ReLU routing on a CPU; it runs in an environment of its own (docs/how-to/torchtitan.md)."""
 
 import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ from remoe.moe import MoEConfig, losses
 
 pytestmark = pytest.mark.heavy
 TOKENS = 64
+PAGE = (Path(__file__).resolve().parents[4] / "docs" / "how-to" / "torchtitan.md").read_text(encoding="utf-8")
 ONE_PROCESS = SimpleNamespace(
     tp_enabled=False, ep_enabled=False, cp_enabled=False, pp_enabled=False, get_optional_mesh=lambda _: None
 )
@@ -210,3 +213,14 @@ def test_routing_that_relu_replaces_is_refused():
     spec.model.layers[0].moe.router.route_scale = 2.5
     with pytest.raises(ConfigError, match="scales its scores"):
         with_relu_routing(spec, TOKENS)
+
+
+def test_the_config_of_the_page_is_one_with_relu_routing():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    config = names["relu_debug"]()
+    layers = [layer for _, layer, _, _ in config.model_spec.model.traverse(MoE.Config)]
+    assert len(layers) == 8
+    assert all(isinstance(layer, ReLUMoE.Config) for layer in layers)
+    assert layers[0].tokens_per_step == 8 * config.training.seq_len

@@ -39,7 +39,7 @@ class Routers:
         self.config = config
         self.settings = settings = RouterSettings() if settings is None else settings
         check_config(config, settings)
-        device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
+        device = torch.device(torch.cuda.current_device()) if device is None else device
         self.controller = settings.controller(config).to(device)
         self.counts = StepCounts(config.num_layers, experts_of(config), device)
         self.last_step = StepCounts(config.num_layers, experts_of(config), device)
