@@ -30,6 +30,8 @@ LAYOUTS: dict[str, list[str]] = {
     "experts": ["parallel.expert=2"],
     "context": ["parallel.context=2"],
     "tensor": ["parallel.tensor=2"],
+    "stages": ["parallel.pipeline=2", "train.micro_batch_size=4"],
+    "pipeline": ["parallel.pipeline=2"],
 }
 SETTINGS = """
 model: {hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, intermediate_size: 32, num_experts: 4,
