@@ -30,7 +30,6 @@ LAYOUTS: dict[str, list[str]] = {
     "experts": ["parallel.expert=2"],
     "context": ["parallel.context=2"],
     "tensor": ["parallel.tensor=2"],
-    "stages": ["parallel.pipeline=2", "train.micro_batch_size=4"],
     "pipeline": ["parallel.pipeline=2"],
 }
 SETTINGS = """
