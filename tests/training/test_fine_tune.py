@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from remoe.data import Batch, open_corpus
+from remoe.data.chat import load_template
 from remoe.data.sampler import NO_LABEL, NO_TOKEN, Sampler
 from remoe.errors import CheckpointError, ConfigError
+from remoe.export import write_export
 from remoe.model.weights import save_model
 from remoe.training import Run, train
 from remoe.training.frozen import is_frozen
 from remoe.training.init_from import initial_model, with_origin
 from remoe.training.loading import find_checkpoint, load
-from remoe.training.saved import tokenizer_of
+from remoe.training.saved import chat_template_of, tokenizer_of
 from remoe.training.step import Stepper
 
 
@@ -191,6 +193,16 @@ def test_what_does_not_fit_the_origin_is_refused_before_anything_is_written(pret
     with pytest.raises(ConfigError, match=r"train\.freeze_router is 'head', but the model has no router"):
         train(dense, root=tmp_path)
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_template_stays_with_the_run_and_its_export(pretrained, tuned, tmp_path):
+    run = train(tuned(pretrained(), steps=1), root=tmp_path)
+    (found,) = run.checkpoints.iterdir()
+    write_export(load(run.path), tokenizer_of(run.path), tmp_path / "export", run)
+    for place in (run.path, found, tmp_path / "export"):
+        assert chat_template_of(place).source == load_template("plain").source
+    with pytest.raises(CheckpointError, match="has no chat template, must be fine-tuned"):
+        chat_template_of(tmp_path / "base-relu")
 
 
 def test_a_run_written_before_these_settings_still_opens(pretrained):

@@ -17,19 +17,23 @@ def generate_command(
     top_p: Annotated[float | None, Option(help="only the likeliest that together reach this probability")] = None,
     threshold: Annotated[float | None, Option(help=THRESHOLD)] = None,
     seed: Annotated[int, Option(help="the same seed gives the same text")] = 0,
+    chat: Annotated[bool, Option("--chat", help="answer the prompt, through the template of a fine-tuned run")] = False,
 ) -> None:
     """Continue a prompt."""
     import torch
 
+    from remoe.data.chat import encode
     from remoe.model.thresholds import set_thresholds
     from remoe.training import load
-    from remoe.training.saved import tokenizer_of
+    from remoe.training.saved import chat_template_of, tokenizer_of
 
     model, tokenizer = load(path), tokenizer_of(path)
     if threshold is not None:
         set_thresholds(model, threshold)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = [*tokenizer.encode(text)] or [tokenizer.eod]
+    if chat:
+        text = chat_template_of(path).render([{"role": "user", "content": text}], add_generation_prompt=True)
+    ids = [*encode(tokenizer, text)] or [tokenizer.eod]
     tokens_BS = model.generate(
         torch.tensor([ids]),
         max_new_tokens,

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe.data.files import write_whole
 from remoe.data.tokenizer import Ids, Tokenizer
 from remoe.errors import ConfigError, DataError, one_of
 
 TEMPLATES = ("alpaca", "chat", "plain")
+FILE = "chat_template.jinja"
+"""Beside a saved tokenizer, where transformers looks for it too."""
 ROLES = ("system", "user", "assistant")
 EOD_MARK = "\ufdd0"
 """Stands for the end-of-document token in rendered text; Unicode keeps it out of real text."""
@@ -79,6 +82,17 @@ def load_template(spec: str) -> ChatTemplate:
         return ChatTemplate(Path(spec).read_text(encoding="utf-8"))
     except TemplateError as error:
         raise ConfigError(f"data.template {spec} is no Jinja template: {error}") from None
+
+
+def save_template(template: ChatTemplate, folder: Path) -> None:
+    """Write a template beside a saved tokenizer."""
+    write_whole(folder / FILE, template.source.encode("utf-8"))
+
+
+def saved_template(folder: Path) -> ChatTemplate | None:
+    """The template beside a saved tokenizer; None where there is none."""
+    path = folder / FILE
+    return ChatTemplate(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def messages_of(row: Any) -> list[dict[str, str]]:

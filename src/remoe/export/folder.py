@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from remoe.data.chat import save_template, saved_template
 from remoe.data.tokenizer import Tokenizer
 from remoe.export import tokenizer_files, transformers_files
 from remoe.export.card import model_card
 from remoe.model import ReMoEForCausalLM
 from remoe.model.weights import save_model
-from remoe.training.run import Run
+from remoe.training.run import TOKENIZER, Run
 
 MAX_SHARD_BYTES = 5e9
 
@@ -29,6 +30,9 @@ def write_export(
     metrics = [row for row in run.metrics() if step is None or row["step"] <= step] if run else []
     save_model(model, folder, max_shard_bytes)
     tokenizer.save(folder)
+    template = saved_template(run.path / TOKENIZER) if run else None
+    if template is not None:
+        save_template(template, folder)
     if transformers_files.missing_in_transformers(model.config) is None:
         transformers_files.write(model, tokenizer, folder, run, metrics)
         tokenizer_files.write(tokenizer, folder)

@@ -1,7 +1,8 @@
-"""What lies beside saved weights: the run they belong to and its tokenizer."""
+"""What lies beside saved weights: the run they belong to, its tokenizer and its chat template."""
 
 from pathlib import Path
 
+from remoe.data.chat import ChatTemplate, saved_template
 from remoe.data.tokenizer import CARD, Tokenizer, load_saved_tokenizer
 from remoe.errors import CheckpointError
 from remoe.training.run import TOKENIZER, Run
@@ -15,10 +16,25 @@ def run_of(path: Path) -> Run | None:
 
 def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that a run, checkpoint or export was saved with."""
+    return load_saved_tokenizer(_tokenizer_folder(path))
+
+
+def chat_template_of(path: Path) -> ChatTemplate:
+    """The chat template that a run was fine-tuned with; CheckpointError where it was not."""
+    template = saved_template(_tokenizer_folder(path))
+    if template is None:
+        raise CheckpointError(
+            f"{path} has no chat template, must be fine-tuned on conversations (data.format: instructions); "
+            "go on from plain text instead"
+        )
+    return template
+
+
+def _tokenizer_folder(path: Path) -> Path:
     run = run_of(path)
     folder = run.path / TOKENIZER if run else path
     if not (folder / CARD).is_file():
         raise CheckpointError(
             f"{path} is not a run, one of its checkpoints or an export with its tokenizer; `remoe runs` lists the runs"
         )
-    return load_saved_tokenizer(folder)
+    return folder

@@ -10,6 +10,7 @@ import torch
 
 from remoe.config import to_dict
 from remoe.data import Batch, Corpus, Sampler, validation_batches
+from remoe.data.chat import load_template, save_template
 from remoe.distributed.world import world_size
 from remoe.training import checkpoint, router_hooks, run
 from remoe.training.ahead import Launched, RunAhead, row_policy
@@ -110,6 +111,8 @@ class Trainer:
         checkpoint.set_aside_newer(self.checkpoints, self.step)
         cut_back(self.path / run.METRICS, self.step)
         self.corpus.tokenizer.save(self.path / run.TOKENIZER)
+        if self.config.data.holds_instructions:
+            save_template(load_template(self.config.data.template), self.path / run.TOKENIZER)
         run.write_config(self.path, self.config)
 
     def train(self) -> None:

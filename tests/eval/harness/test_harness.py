@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remoe.errors import ConfigError, DataError
+from remoe.data.chat import EOD_MARK, load_template, save_template
+from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.harness import GROUPS, TASKS, HarnessConfig, evaluate_tasks
 from remoe.eval.harness.__main__ import without
 from remoe.eval.harness.evaluate import stay_offline
@@ -109,6 +111,22 @@ def test_a_text_longer_than_the_model_reads_is_scored_once_a_token(harness, run)
         model_input = context[-max(1, 17 - len(part)) :]
         by_hand += by_the_whole_sequence(run, model_input, part)[0]
     assert total == pytest.approx(by_hand, abs=1e-4)
+
+
+@pytest.mark.heavy
+def test_conversations_are_written_in_the_template_of_the_run(harness, run, tmp_path):
+    from remoe.eval.harness.model import RemoeLM
+
+    shutil.copytree(run.path, tmp_path / "tuned")
+    save_template(load_template("chat"), tmp_path / "tuned" / "tokenizer")
+    model = RemoeLM(tmp_path / "tuned", device="cpu")
+    history = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
+    text = model.apply_chat_template([*history, history[0]])
+    assert text == f"<|user|>\nColour?\n<|assistant|>\nred{EOD_MARK}\n<|user|>\nColour?\n<|assistant|>\n"
+    assert model.tok_encode(text).count(model.eot_token_id) == 1
+    assert model.chat_template(True) == load_template("chat").source
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        RemoeLM(run.path, device="cpu").apply_chat_template(history)
 
 
 @pytest.mark.heavy

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from remoe.config import check_choice
+from remoe.data.chat import encode
 from remoe.errors import ConfigError
 from remoe.eval.loglikelihood import Request, ScoringConfig, loglikelihoods
 from remoe.model.generate import Prompt, Sampling, stream_tokens
 from remoe.training.loading import load
-from remoe.training.saved import run_of, tokenizer_of
+from remoe.training.saved import chat_template_of, run_of, tokenizer_of
 from remoe.training.setup import pick_device
 
 DEFAULT_LENGTH = 2048
@@ -53,7 +54,7 @@ class RemoeLM(TemplateLM):
         precision: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        path = Path(pretrained)
+        self.path = path = Path(pretrained)
         run = run_of(path)
         self._device = pick_device(device or "auto")
         self.model = load(path).to(self._device)
@@ -76,8 +77,21 @@ class RemoeLM(TemplateLM):
         return _MAX_NEW_TOKENS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text; our tokenizers add none of their own."""
-        return self.text.encode(string).tolist()
+        """The ids of a text, or of rendered conversations; our tokenizers add none of their own."""
+        return encode(self.text, string).tolist()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keeps tokenised prompts by."""
+        return f"{self.text.name}-{self.text.fingerprint[:12]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that the model was fine-tuned with; its name is not asked for, there is one."""
+        return chat_template_of(self.path).source if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in that template."""
+        return chat_template_of(self.path).render(chat_history, add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
