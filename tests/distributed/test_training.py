@@ -84,11 +84,12 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
     assert_close(Run.open(tmp_path / "one" / "small").metrics()[6:], whole[6:])
 
 
-@pytest.mark.parametrize("key", ["tensor", "context"])
-def test_ranks_that_share_sequences_train_and_validate_as_one_process(
+@pytest.mark.parametrize("key", ["tensor", "context", "pipeline"])
+def test_ranks_that_share_sequences_or_layers_train_and_validate_as_one_process(
     config: Callable[..., TrainConfig], tmp_path: Path, key: str  # noqa: F811
 ):  # fmt: skip
     settings = {"model": {"num_kv_heads": 2}, "data": {"document_mask": True}, "optimizer": CONSTANT}
+    settings["train"] = {"micro_batch_size": 2}  # the L1 term is weighed by the loads of a micro-batch
     one = train(config(**settings), root=tmp_path / "one")
     path = write_config(tmp_path, config(**settings, parallel={key: 2}))
     finished = remoe_train(2, path, tmp_path / "two")
@@ -130,9 +131,12 @@ def test_sigterm_ends_all_processes_after_a_checkpoint(
     assert (tmp_path / "small" / "checkpoints" / f"step_{last:08d}").is_dir()
 
 
-def test_a_process_that_hangs_is_named(config: Callable[..., TrainConfig], tmp_path: Path):  # noqa: F811
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["shards", "pipeline"])
+def test_a_process_that_hangs_is_named(
+    config: Callable[..., TrainConfig], tmp_path: Path, layout: dict[str, int]  # noqa: F811
+):  # fmt: skip
     settings = {"steps": 100000, "checkpoint_interval": 100000, "flip_interval": 0}
-    path = write_config(tmp_path, config(train=settings, parallel={"timeout": 3.0}))
+    path = write_config(tmp_path, config(train=settings, parallel={"timeout": 3.0} | layout))
     process, metrics = start_training(2, path, tmp_path), tmp_path / "small" / "metrics.jsonl"
     wait_for_steps(metrics, 3)
     stopped = workers_of(process)[1]
@@ -171,6 +175,7 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_with_the_same_bits(
     [
         (["parallel.data_shard=4"], "parallel.data_replicate is 1, times data_shard = 4 it must be the number of"),
         (["train.batch_size=3"], "train.batch_size is 3, must be a multiple of the 2 data ranks"),
+        (["parallel.pipeline=2", "train.micro_batch_size=4"], "must be at least parallel.pipeline = 2, or stages"),
         (["model.router=lory", "parallel.expert=2"], "parallel.expert is 2, must be 1 for a router that merges"),
     ],
 )
