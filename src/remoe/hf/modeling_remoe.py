@@ -222,9 +222,8 @@ class ReMoERouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits_TE, router_state = self.scores(hidden_states.to(dtype), router_state, router_cell)
         gates_TE, weights_TE, is_active_TE = self.gate(logits_TE)
-        num_tokens = hidden_states.new_full((), len(hidden_states), dtype=torch.int64)
+        num_tokens = _count(hidden_states, token_mask)
         if token_mask is not None:
-            num_tokens = token_mask.sum()
             is_active_TE = is_active_TE & token_mask[:, None]
             gates_TE, weights_TE = (x.masked_fill(~token_mask[:, None], 0) for x in (gates_TE, weights_TE))
         tokens_per_expert_E = is_active_TE.sum(0)
@@ -754,7 +753,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
             past_key_values=past_key_values,
             aux_losses=aux_losses,
             tokens_per_expert=tokens_per_expert,
-            num_tokens=_count(hidden_states, token_mask),
+            num_tokens=_count(hidden_states.flatten(0, 1), token_mask),
         )
 
 
@@ -909,10 +908,9 @@ def _new_columns(attention_mask: Tensor | None, num_new: int) -> Tensor | None:
     return attention_mask[:, -num_new:].flatten().bool()
 
 
-def _count(hidden_states: Tensor, token_mask: Tensor | None) -> Tensor:
-    if token_mask is not None:
-        return token_mask.sum()
-    return hidden_states.new_full((), hidden_states.shape[0] * hidden_states.shape[1], dtype=torch.int64)
+def _count(values_TX: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Tokens that count, 0-dim int64; summed and not read from the shape, which torch.export would fix."""
+    return (values_TX.new_ones(values_TX.shape[0], dtype=torch.int64) if token_mask is None else token_mask).sum()
 
 
 def _share(labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor | float:
