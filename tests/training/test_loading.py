@@ -6,6 +6,7 @@ import torch
 from remoe.errors import CheckpointError
 from remoe.model.weights import save_model
 from remoe.training import Run, checkpoint, load, train
+from remoe.training.loading import fill, find_checkpoint, outline
 
 
 def test_run_checkpoint_and_export_load_the_same_model_in_eval_mode(config, tmp_path):
@@ -19,6 +20,25 @@ def test_run_checkpoint_and_export_load_the_same_model_in_eval_mode(config, tmp_
         model = load(path)
         assert not model.training
         assert torch.equal(model(tokens_BS).logits, expected)
+
+
+def test_an_export_reads_a_checkpoint_file_by_file(config, tmp_path):
+    run = train(config(train={"steps": 2}, model={"router": "recurrent_relu"}), root=tmp_path)
+    found = find_checkpoint(run.path)
+    sizes = []
+
+    def read(tensors):
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        fill(found, tensors)
+
+    save_model(load(run.path), tmp_path / "whole", max_shard_bytes=20_000)
+    save_model(outline(found), tmp_path / "by_file", max_shard_bytes=20_000, fill=read)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "by_file").iterdir()) == files
+    whole, by_file = load(tmp_path / "whole").state_dict(), load(tmp_path / "by_file").state_dict()
+    assert all(torch.equal(by_file[name], value) for name, value in whole.items())
+    assert len(sizes) > 2
+    assert max(sizes) <= 20_000
 
 
 def test_a_folder_that_is_none_of_these_is_named(tmp_path):

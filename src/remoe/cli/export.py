@@ -1,5 +1,6 @@
 """`remoe export`: a run's model as a folder that loads with remoe and in transformers."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def export_command(
     """
     from remoe.errors import ConfigError
     from remoe.export import missing_in_transformers, write_export
-    from remoe.training.loading import find_checkpoint, load, load_checkpoint
+    from remoe.training.loading import fill, find_checkpoint, load, outline
     from remoe.training.saved import run_of, tokenizer_of
 
     if to.exists() and not to.is_dir():
@@ -30,8 +31,11 @@ def export_command(
         raise ConfigError(f"--to is {to}, which holds files, must be new or empty; --overwrite writes into it")
     run, tokenizer = run_of(path), tokenizer_of(path)
     found = find_checkpoint(path) if run else None
-    model = load_checkpoint(found) if found else load(path)
-    write_export(model, tokenizer, to, run, found.step if found else None, shard_gb * 1e9)
+    if found is not None:  # its weights need not be in memory as a whole
+        model, step, read = outline(found), found.step, partial(fill, found)
+    else:
+        model, step, read = load(path), None, None
+    write_export(model, tokenizer, to, run, step, shard_gb * 1e9, read)
     print(f"{to}: {', '.join(sorted(file.name for file in to.iterdir()))}")
     reason = missing_in_transformers(model.config)
     if reason is not None:

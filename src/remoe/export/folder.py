@@ -7,7 +7,7 @@ from remoe.data.tokenizer import Tokenizer
 from remoe.export import tokenizer_files, transformers_files
 from remoe.export.card import model_card
 from remoe.model import ReMoEForCausalLM
-from remoe.model.weights import save_model
+from remoe.model.weights import Fill, save_model
 from remoe.training.run import TOKENIZER, Run
 
 MAX_SHARD_BYTES = 5e9
@@ -20,15 +20,16 @@ def write_export(
     run: Run | None = None,
     step: int | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    fill: Fill | None = None,
 ) -> None:
     """Write weights, config, tokenizer, transformers' remote code and a model card; what was there is replaced.
 
     `run` is the one that trained the model, for its figures up to `step`, that of the weights; None where there is
-    none. A model that transformers' classes do not have (`missing_in_transformers`) gets no remote code and loads with
-    remoe alone.
+    none. `fill` reads the weights of a model on the meta device, one file's at a time. A model that transformers'
+    classes do not have (`missing_in_transformers`) gets no remote code and loads with remoe alone.
     """
     metrics = [row for row in run.metrics() if step is None or row["step"] <= step] if run else []
-    save_model(model, folder, max_shard_bytes)
+    save_model(model, folder, max_shard_bytes, fill)
     tokenizer.save(folder)
     template = saved_template(run.path / TOKENIZER) if run else None
     if template is not None:

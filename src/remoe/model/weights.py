@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -22,13 +22,17 @@ from remoe.model.decoder import ReMoEForCausalLM
 SCHEMA_VERSION = 1
 _ADDED_LATER = ("block", "attention_span", "dropout", "thresholds")  # exports from before have the defaults
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+Fill = Callable[[dict[str, Tensor]], None]
 
 
-def save_model(model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5e9) -> None:
+def save_model(
+    model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5e9, fill: Fill | None = None
+) -> None:  # fmt: skip
     """Write config.json and the weights into a folder; files of the same name are replaced, each in one go.
 
-    More than `max_shard_bytes` of weights become several files and an index. Raises CheckpointError where the folder
-    cannot be written.
+    More than `max_shard_bytes` of weights become several files and an index. `fill` gives tensors of a model on the
+    meta device their values, by name and in place, one file's at a time: no more are in memory. Raises CheckpointError
+    where the folder cannot be written.
     """
     folder = Path(folder)
     shards = _shards(model.state_dict(), max_shard_bytes)
@@ -36,7 +40,7 @@ def save_model(model: ReMoEForCausalLM, folder: Path, max_shard_bytes: float = 5
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file_name, tensors in shards.items():
-            _write_shard(folder / file_name, tensors)
+            _write_shard(folder / file_name, tensors if fill is None else _filled(tensors, fill))
         _remove_stale(folder, set(shards))
         if len(shards) > 1:
             _write_json(folder / _INDEX, _index(shards))
@@ -84,6 +88,12 @@ def read_config(folder: Path) -> ReMoEConfig:
         return from_dict(ReMoEConfig, {name: values[name] for name in names if name in values})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _filled(tensors: dict[str, Tensor], fill: Fill) -> dict[str, Tensor]:
+    values = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+    fill(values)
+    return values
 
 
 def _described(config: ReMoEConfig) -> dict[str, Any]:

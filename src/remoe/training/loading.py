@@ -1,9 +1,11 @@
 """A trained model from wherever it was left: a run, a checkpoint, or an export."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from remoe.config import from_dict
 from remoe.errors import CheckpointError
@@ -53,8 +55,17 @@ def config_of(found: Checkpoint) -> TrainConfig:
 
 def load_checkpoint(found: Checkpoint) -> ReMoEForCausalLM:
     """The checkpoint's model in eval mode on the CPU."""
-    with torch.device("meta"):
-        model = ReMoEForCausalLM(config_of(found).model)
-    model.to_empty(device="cpu")
+    model = outline(found).to_empty(device="cpu")
     found.load(model_tensors(model))
-    return model.eval()
+    return model
+
+
+def outline(found: Checkpoint) -> ReMoEForCausalLM:
+    """The checkpoint's model in eval mode without its weights, on the meta device; `fill` reads some of them."""
+    with torch.device("meta"):
+        return ReMoEForCausalLM(config_of(found).model).eval()
+
+
+def fill(found: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Read tensors of the model in place, by their names in it: only these are in memory, whoever wrote the rest."""
+    found.load({f"model.{name}": tensor for name, tensor in tensors.items()})
