@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: setup demo test test-all lint type format bench-cpu clean
+.PHONY: setup demo test test-all lint type format docs bench-cpu clean
 
 setup: $(VENV)/.installed  ## create .venv and install remoe with what demo and tests need
 
@@ -20,7 +20,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-all: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,dev]' 'lm_eval[hf]'
+	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,docs,dev]' 'lm_eval[hf]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 demo: setup  ## train ReLU, Top-K and dense on text that Python ships; writes one HTML report
@@ -43,6 +47,9 @@ type: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 bench-cpu: $(VENV)/.installed-all  ## one MoE layer on the CPU against a dense MLP and transformers
 	$(BIN)/python benchmarks/layer_cpu.py --output results/layer_cpu.json

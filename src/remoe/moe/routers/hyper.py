@@ -12,7 +12,7 @@ from remoe.moe.routing import RouterContext, Routing, without_masked_tokens
 
 
 class HyperRouter(nn.Module):
-    """P = softmax(W(e) x + c(e)), where [W | c](e) = U2 ReLU(U1 e + d1) + d2 as E rows; only e [H] learns.
+    """P = softmax(W(e) x + c(e)), where (W | c)(e) = U2 ReLU(U1 e + d1) + d2 as E rows; only e [H] learns.
 
     Defaults are RMoE's: `hyper_size` 256 (required by its parameter counts; the original scripts pass 64), e ~ N(0, 1),
     the frozen network drawn as torch's Linear (`initial: library`), the k gates divided by their sum (`renormalize`;

@@ -1,0 +1,46 @@
+"""The commands and the Python of the pages, executed as written, one after the other."""
+
+from pathlib import Path
+
+import pytest
+
+from remoe.training.run import Run
+from tests.docs.conftest import blocks, run_line, run_python
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_with_an_export_that_loads(tmp_path: Path):
+    commands = "".join(blocks("tutorial.md", "sh")).splitlines()
+    assert [command.split()[1] for command in commands if command.startswith("remoe")] == [
+        "train", "runs", "train", "analyze", "eval", "generate", "compare", "export",
+    ]  # fmt: skip
+    for command in commands:
+        run_line(command, tmp_path)
+    assert Run.open(tmp_path / "runs" / "first").step == 80
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    run_python("tutorial.md", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_text_with_domains_is_trained_on_as_it_is_and_prepared(tmp_path: Path):
+    for command in "".join(blocks("how-to/train-on-your-text.md", "sh")).splitlines():
+        run_line(command, tmp_path)
+    runs = [Run.open(tmp_path / "runs" / name) for name in ("mine", "prepared")]
+    for run in runs:
+        assert run.step == 8
+        assert set(run.metrics()[-1]["valid_loss_per_domain"]) == {"even", "odd"}
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8").startswith("# Ours, for two CPU cores")
+
+
+def test_a_router_written_as_the_page_says_learns(tmp_path: Path):
+    run_python("how-to/add-a-router.md", tmp_path)
+
+
+def test_the_example_of_moving_over_is_the_recipe_it_names(tmp_path: Path):
+    from remoe.recipes import read_config
+
+    (command,) = blocks("how-to/move-over.md", "sh")
+    words = command.split()
+    assert words[:2] == ["remoe", "plan"]
+    assert words[3] == "--set"
+    assert read_config(words[2], words[4:]) == read_config(words[2])
