@@ -23,7 +23,8 @@ def test_run_checkpoint_and_export_load_the_same_model_in_eval_mode(config, tmp_
 
 
 def test_an_export_reads_a_checkpoint_file_by_file(config, tmp_path):
-    run = train(config(train={"steps": 2}, model={"router": "recurrent_relu"}), root=tmp_path)
+    router = {"name": "recurrent_relu", "state_size": 8}
+    run = train(config(train={"steps": 2}, model={"router": router}), root=tmp_path)
     found = find_checkpoint(run.path)
     sizes = []
 
