@@ -89,8 +89,8 @@ def killed_run(
     for _ in range(kills):
         at_step = draw.randrange(STEPS)
         wait_for(process, metrics, at_step, draw.uniform(0, 0.5), draw.uniform(1, 20))
-        ranks = workers_of(process)
-        if process.poll() is not None or not ranks:
+        ranks = ranks_of(process)
+        if not ranks:
             break
         rank = draw.choice(sorted(ranks))
         saving = any((root / name / "checkpoints").glob("*.tmp"))
@@ -103,6 +103,15 @@ def killed_run(
         process.kill()
         code = None
     return {"layout": layout, "kills": done, "returncode": code, "seconds": round(time.monotonic() - began, 1)}
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, int]:
+    """Rank to process id, once there are any; none where torchrun has ended."""
+    while process.poll() is None:
+        if ranks := workers_of(process):
+            return ranks
+        time.sleep(0.02)
+    return {}
 
 
 def wait_for(process: subprocess.Popen[bytes], metrics: Path, step: int, delay: float, longest: float) -> None:

@@ -13,6 +13,13 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
     rows = [
         {"router": "topk", "ranks": 1, "parallel": None, "tokens_per_second": 10.0, "peak_bytes": [5]},
         {"router": "topk", "ranks": 2, "parallel": parallel, "tokens_per_second": 18.0, "peak_bytes": [5, 7]},
+        {
+            "router": "topk",
+            "ranks": 2,
+            "parallel": parallel | {"pipeline": 2},
+            "tokens_per_second": 1.0,
+            "peak_bytes": [1],
+        },
     ]
     content = {"machine": {"command": command, "gpus": ["a card", "a card"]}, "rows": rows}
     (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))

@@ -43,7 +43,8 @@ def layouts_text(values: Mapping[str, Any]) -> str:
     fitting = sum(one["fits"] for one in layouts)
     lines = [f"{values['gpus']} x {machine['name']}: {fitting} of {len(layouts)} layouts fit; the fastest"]
     lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
-    lines += ["memory, at start, gathers and all-to-all: of one GPU, the last two of a micro-batch; --json has all"]
+    lines += ["memory, at start, gathers and all-to-all: of one GPU, the last two of a micro-batch"]
+    lines += ["layouts with a pipeline are not planned; --json has all others"]
     constants = machine["constants"]
     for kind, wanted in (("measured", False), ("assumed", True)):
         keys = [key for key, one in constants.items() if one["source"].startswith("assumed") == wanted]

@@ -58,6 +58,8 @@ def _layouts_in(path: Path) -> Iterator[Measured]:
     config = _after(command, "scale_out.py")[0]
     micro_batch, accumulation = (int((_after(command, key) or [default])[0]) for key, default in _SIZES)
     for row in content["rows"]:
+        if (row["parallel"] or {}).get("pipeline", 1) > 1:
+            continue  # plans have no pipelines
         changes = [*_after(command, "--set"), f"model.router={row['router']}"]
         job = _job(config, changes, micro_batch, accumulation * row["ranks"])
         yield _measured(path, gpus[0], row, job, row["parallel"])

@@ -57,12 +57,12 @@ class Job:
         )
 
     def layout(self, num_gpus: int, **sizes: int) -> ParallelConfig | None:
-        """The layout with these sizes on so many GPUs; None where the model or its batch cannot be shared so."""
+        """The layout with these sizes and no pipeline; None where the model or its batch cannot be shared so."""
         moe = self.model.moe
         has_experts = self.model.num_moe_layers > 0
         kind = getattr(router_class(moe.router_name), "experts", "grouped")
         try:
-            parallel = resolve_parallel(replace(self.parallel, data_shard="auto", **sizes), num_gpus)
+            parallel = resolve_parallel(replace(self.parallel, data_shard="auto", pipeline=1, **sizes), num_gpus)
             check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
             check_sequence(parallel, self.model, self.sequence_length)
             self.micro_batch(parallel)
