@@ -1,12 +1,14 @@
 """An MoE layer whose experts two ranks share, beside the same layer with all tokens in one place."""
 
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from remoe.distributed import expert_parallel
 from remoe.distributed.expert_parallel import share_experts
@@ -61,7 +63,7 @@ def run(moe: MoE, hidden_BSH: Tensor, grad_BSH: Tensor) -> dict[str, Tensor]:
     return {"out": out_BSH[0], "hidden": hidden_BSH.grad[0], "gates": moe.router.gates_TE.grad} | gradients
 
 
-def compare(open_TE: list[list[int]], own: slice) -> dict[str, Any]:
+def compare(open_TE: list[list[int]], own: slice, rows_per_token: float = math.inf) -> dict[str, Any]:
     """Largest differences between the shared layer and the one with all tokens; whether a second run has its bits."""
     torch.manual_seed(6)
     map_TE, gates_TE = torch.tensor(open_TE).bool(), torch.rand(len(open_TE), EXPERTS)
@@ -72,7 +74,7 @@ def compare(open_TE: list[list[int]], own: slice) -> dict[str, Any]:
 
     def shared() -> dict[str, Tensor]:
         moe = layer(map_TE[own], gates_TE[own])
-        share_experts(moe, mesh)
+        share_experts(moe, mesh, rows_per_token)
         return run(moe, hidden_TH[None, own], grad_TH[None, own])
 
     found, again = shared(), shared()
@@ -91,6 +93,14 @@ def exchange() -> dict[str, Any]:
     """Each routing map of OPEN."""
     own = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
     return {name: compare(open_TE, own) for name, open_TE in OPEN.items()}
+
+
+def in_parts() -> dict[str, Any]:
+    """The same with a budget of a row for two tokens, and with a rank that has no tokens."""
+    own = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    found = {name: compare(open_TE, own, rows_per_token=0.5) for name, open_TE in OPEN.items()}
+    without = slice(0, 0) if dist.get_rank() == 0 else slice(0, 6)
+    return found | {"a rank without tokens": compare(OPEN["mixed"], without, rows_per_token=0.5)}
 
 
 def uneven() -> dict[str, Any]:
@@ -117,4 +127,59 @@ def rows_sent() -> dict[str, Any]:
     return {"rows": rows}
 
 
-CASES: dict[str, Callable[[], Any]] = {"exchange": exchange, "uneven": uneven, "rows_sent": rows_sent}
+class ReceivedRows:
+    """Counts the rows that exchanges have received and that still take memory."""
+
+    def __init__(self) -> None:
+        self.now, self.peak = 0, 0
+
+    def count(self, received: Tensor) -> None:
+        self.now += len(received)
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(received, self._forget, len(received))
+
+    def _forget(self, rows: int) -> None:
+        self.now -= rows
+
+
+def peak_rows() -> dict[str, Any]:
+    """The most rows that take memory at a time in forward and backward passes of four layers, by batch and budget."""
+    own_tokens, ranks = 32, dist.get_world_size()
+    one_sided = torch.zeros(own_tokens, EXPERTS, dtype=torch.bool)
+    one_sided[:, -1] = True  # all tokens of all ranks need the last rank alone
+    batches = {"dense start": torch.ones(own_tokens, EXPERTS, dtype=torch.bool), "unlucky": one_sided}
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("expert",))
+    return {
+        f"{name}, {budget}": most_rows(map_TE, mesh, budget) / own_tokens
+        for name, map_TE in batches.items()
+        for budget in (math.inf, 1.0, 0.25)
+    }
+
+
+def most_rows(map_TE: Tensor, mesh: DeviceMesh, budget: float) -> int:
+    """The peak for one batch."""
+    rows, all_to_all = ReceivedRows(), expert_parallel._all_to_all
+
+    def counting(sent: Tensor, splits: Any, group: Any) -> Tensor:
+        received = all_to_all(sent, splits, group)
+        if received.shape[1] == HIDDEN:
+            rows.count(received)
+        return received
+
+    expert_parallel._all_to_all = counting
+    try:
+        layers = [layer(map_TE, torch.rand(map_TE.shape)) for _ in range(4)]
+        hidden_BSH = torch.randn(1, len(map_TE), HIDDEN, requires_grad=True)
+        out_BSH = hidden_BSH
+        for moe in layers:
+            share_experts(moe, mesh, budget)
+            out_BSH = out_BSH + moe(out_BSH)[0]
+        out_BSH.sum().backward()
+    finally:
+        expert_parallel._all_to_all = all_to_all
+    return rows.peak
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "exchange": exchange, "in_parts": in_parts, "uneven": uneven, "rows_sent": rows_sent, "peak_rows": peak_rows,
+}  # fmt: skip

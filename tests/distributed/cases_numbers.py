@@ -31,13 +31,14 @@ STAGES = {"dense": 2, "sparser": 26, "sparse": 60}
 TWO = {
     "shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2},
     "context": {"context": 2}, "tensor": {"tensor": 2}, "context with experts": {"context": 2, "expert": 2},
-    "pipeline": {"pipeline": 2},
+    "pipeline": {"pipeline": 2}, "experts in parts": {"expert": 2, "expert_rows": 0.5},
 }  # fmt: skip
 FOUR = {
     "shards": {},
     "copies": {"data_replicate": 2},
     "experts": {"expert": 4},
     "experts and shards": {"expert": 2},
+    "experts in parts": {"expert": 4, "expert_rows": 0.5},
     "copies with experts": {"data_replicate": 2, "expert": 2},
     "context": {"context": 2},
     "tensor": {"tensor": 2},
@@ -173,7 +174,7 @@ def some_cases() -> list[Case]:
     found += [
         ("recurrent_relu", name, True)
         for name in layouts()
-        if name in ("shards", "experts", "context", "tensor", "pipeline")
+        if name in ("shards", "experts", "experts in parts", "context", "tensor", "pipeline")
     ]
     return [*found, *(("topk", name, False) for name in ("shards", "experts", "pipeline"))]
 

@@ -34,6 +34,7 @@ def test_shards_are_what_copies_leave():
         (2, {"data_shard": 0}, "parallel.data_shard is 0, must be at least 1"),
         (4, {"pipeline": 3}, r"data_replicate \* pipeline is 1 \* 3, must divide the number of processes, which is 4"),
         (2, {"expert": 0}, "parallel.expert is 0, must be at least 1"),
+        (2, {"expert_rows": 0}, "parallel.expert_rows is 0.0, must be above 0; try 2"),
         (2, {"reduce": "fp8"}, "must be one of fp32, bf16"),
         (2, {"timeout": 0}, "above 0"),
         (2, {"experts": 2}, "did you mean 'expert'"),

@@ -30,6 +30,24 @@ def test_a_second_exchange_has_the_same_bits(results: dict[str, Any], routing: s
         assert {name: value for name, value in rank[routing].items() if name.endswith("again") and value != 0} == {}
 
 
+@pytest.mark.parametrize("routing", [*OPEN, "a rank without tokens"])
+def test_tokens_that_go_in_parts_give_the_same_output_and_gradients(results: dict[str, Any], routing: str):
+    for rank in results["in_parts"]:
+        wrong = {name: value for name, value in rank[routing].items() if not value < TOLERANCE}
+        assert not wrong
+
+
+@pytest.mark.parametrize("batch", ["dense start", "unlucky"])
+def test_rows_in_memory_are_at_most_those_of_the_budget_there_and_back_however_many_layers(
+    results: dict[str, Any], batch: str
+):
+    whole = max(rank[f"{batch}, inf"] for rank in results["peak_rows"])
+    assert whole > 2 * 4, "two ranks' tokens in each of four layers"
+    for rank in results["peak_rows"]:
+        for budget in (1.0, 0.25):
+            assert 0 < rank[f"{batch}, {budget}"] <= 2 * budget
+
+
 def test_a_rank_without_any_token_still_works_for_the_other(results: dict[str, Any]):
     for rank in results["uneven"]:
         assert all(value < TOLERANCE for value in rank.values())

@@ -9,7 +9,10 @@ import torch
 from remoe.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("distributed")
-CASES = ("sums", "agreement", "shares", "in_turn", "seeds", "rows", "first_alone", "exchange", "uneven", "rows_sent")
+CASES = (
+    *("sums", "agreement", "shares", "in_turn", "seeds", "rows", "first_alone"),
+    *("exchange", "in_parts", "uneven", "rows_sent", "peak_rows"),
+)
 """Everything that runs on two processes without a model, in one start."""
 
 

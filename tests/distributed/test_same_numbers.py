@@ -33,7 +33,7 @@ def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
 
 
 def test_loss_and_every_gradient_of_two_processes_are_those_of_one_in_all_three_stages(results: dict[str, Any]):
-    check(results["some_steps"], num_cases=8 + 5 + 3)
+    check(results["some_steps"], num_cases=9 + 6 + 3)
 
 
 def test_the_states_are_from_all_three_stages(results: dict[str, Any]):
@@ -77,9 +77,9 @@ def test_a_step_that_is_void_for_want_of_rows_on_one_rank_leaves_no_trace_on_any
 def test_every_router_in_every_layout_of_two_and_four_processes_has_the_numbers_of_one(
     results_of: Callable[..., Any],
 ):  # fmt: skip
-    check(results_of(2, "all_steps", timeout=200)["all_steps"], num_cases=3 * 7 * 2)
+    check(results_of(2, "all_steps", timeout=200)["all_steps"], num_cases=3 * 8 * 2)
     four = results_of(4, "all_steps", "averaged", timeout=280)
-    check(four["all_steps"], num_cases=3 * 9 * 2)
+    check(four["all_steps"], num_cases=3 * 10 * 2)
     assert all(error > 0.1 for error in four["averaged"])
 
 

@@ -25,6 +25,9 @@ class ParallelConfig:
     tensor: int = setting(1, "ranks that share attention's weights, by heads, and the tokens of a sequence elsewhere")
     pipeline: int = setting(1, "stages: ranks in a row, each with some of the layers; micro-batches pass through all")
     context: int = setting(1, "ranks that share the tokens of a sequence, for long ones")
+    expert_rows: float = setting(
+        2.0, "most rows at a rank's experts, over its tokens times their top_k; above it tokens go in parts, twice"
+    )
     reshard: bool = setting(True, "let go of gathered parameters after the forward pass, and gather them again")
     reduce: str = setting("fp32", "what gradients are summed over ranks in: fp32 or bf16")
     timeout: float = setting(600.0, "seconds after which a rank that others wait for ends the run")
@@ -37,6 +40,8 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.data_shard is {self.data_shard!r}, must be auto or a number of ranks")
             check_range("parallel.data_shard", self.data_shard, 1)
         check_choice("parallel.reduce", self.reduce, ("fp32", "bf16"))
+        if self.expert_rows <= 0:
+            raise ConfigError(f"parallel.expert_rows is {self.expert_rows}, must be above 0; try 2")
         if self.timeout <= 0:
             raise ConfigError(f"parallel.timeout is {self.timeout}, must be above 0 seconds; try 600")
         if self.tensor > 1 and self.context > 1:

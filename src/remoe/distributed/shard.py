@@ -42,7 +42,10 @@ def shard_model(
     decoder.sequence = _sequence(meshes, parallel)
     for layer in decoder.present_layers():
         layer.self_attn.sequence = decoder.sequence
-        inner += [units.add(*_attention(layer.self_attn, meshes)), units.add(*_mlp(layer.mlp, meshes))]
+        inner += [
+            units.add(*_attention(layer.self_attn, meshes)),
+            units.add(*_mlp(layer.mlp, meshes, parallel.expert_rows)),
+        ]
     for unit, following in pairwise(inner):  # else a layer that waits for its rows would hold up the next gather
         unit.set_modules_to_forward_prefetch([following])
     units.param_dtype = None
@@ -85,12 +88,12 @@ def _attention(attention: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceM
     return attention, meshes.heads_data
 
 
-def _mlp(mlp: nn.Module, meshes: Meshes) -> tuple[nn.Module, DeviceMesh]:
+def _mlp(mlp: nn.Module, meshes: Meshes, expert_rows: float) -> tuple[nn.Module, DeviceMesh]:
     if not isinstance(mlp, MoE):
         return mlp, meshes.data
     if meshes.expert is None or meshes.expert_data is None:
         return mlp.experts, meshes.data
-    share_experts(mlp, meshes.expert)
+    share_experts(mlp, meshes.expert, expert_rows * mlp.config.routed_top_k)
     return mlp.experts, meshes.expert_data
 
 
