@@ -30,8 +30,7 @@ class StepCounts:
     def sum_over(self, groups: list[dist.ProcessGroup]) -> None:
         """Add the counts of the other ranks of each group in turn."""
         for group in groups:
-            if group.size() > 1:
-                dist.all_reduce(self.rows_LE1, group=group)
+            self.rows_LE1 = summed(self.rows_LE1, group)
 
     @property
     def active_L(self) -> Tensor:
@@ -47,6 +46,15 @@ class StepCounts:
 def counts_of(routing: Routing) -> Tensor:
     """Tokens at each expert, then tokens that count: int64 [E + 1]."""
     return torch.cat((stats.tokens_per_expert(routing), count_tokens(routing)[None]))
+
+
+def summed(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of a group; None: of one process."""
+    if group is None or group.size() == 1:
+        return counts
+    counts = counts.clone()
+    dist.all_reduce(counts, group=group)
+    return counts
 
 
 def counted_in_backward(weights_TE: Tensor, counts_E1: Tensor, row_E1: Tensor) -> Tensor:

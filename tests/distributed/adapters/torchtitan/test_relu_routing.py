@@ -1,6 +1,6 @@
 """torchtitan's MoE with ReLU routing on a CPU; it runs in an environment of its own (docs/how-to/torchtitan.md)."""
 
-import copy
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,67 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("torchtitan", reason="needs torchtitan, which has no place beside remoe's other extras")
 
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torchtitan.components.optimizer import default_adamw
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.qwen3 import model_registry
-from torchtitan.protocols.module import Module
 
 from remoe.distributed.adapters.torchtitan import with_relu_routing
 from remoe.distributed.adapters.torchtitan.moe import ReLUMoE
 from remoe.errors import ConfigError
 from remoe.moe import MoE as OurMoE
 from remoe.moe import MoEConfig, losses
+from tests.distributed.adapters.torchtitan.models import ONE_PROCESS, batch, built, small_spec, train
+from tests.distributed.conftest import torchrun
 
 pytestmark = pytest.mark.heavy
 TOKENS = 64
 PAGE = (Path(__file__).resolve().parents[4] / "docs" / "how-to" / "torchtitan.md").read_text(encoding="utf-8")
-ONE_PROCESS = SimpleNamespace(
-    tp_enabled=False, ep_enabled=False, cp_enabled=False, pp_enabled=False, get_optional_mesh=lambda _: None
-)
-
-
-class PlainAttention(Module):
-    """torchtitan's own attention has no backward pass on a CPU."""
-
-    def forward(
-        self, query: Any, key: Any, value: Any, *, scale: Any = None, enable_gqa: bool = False, **_: Any
-    ) -> Any:
-        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-        return mixed.transpose(1, 2)
-
-
-class PlainAttentionConfig(Module.Config):
-    """Builds it."""
-
-    def build(self, **_: Any) -> PlainAttention:
-        return PlainAttention()
-
-
-def small_spec() -> Any:
-    """torchtitan's MoE debug model, with two layers of eight experts."""
-    spec = model_registry("debugmodel_moe")
-    spec.model = copy.deepcopy(spec.model)
-    spec.model.layers = spec.model.layers[:2]
-    for layer in spec.model.layers:
-        layer.attention.inner_attention = PlainAttentionConfig()
-        moe = layer.moe
-        moe.num_experts = moe.router.num_experts = moe.router.gate.out_features = 8
-        moe.routed_experts.inner_experts.num_experts = moe.routed_experts.token_dispatcher.num_experts = 8
-        moe.router.top_k = moe.routed_experts.token_dispatcher.top_k = 2
-    return spec
-
-
-def built(spec: Any) -> Any:
-    torch.manual_seed(0)
-    model = spec.model.build()
-    model.init_states(buffer_device=torch.device("cpu"))
-    return model
 
 
 def one_layer(**settings: Any) -> ReLUMoE:
@@ -130,25 +87,10 @@ def test_a_token_without_experts_and_an_idle_layer_give_zeros():
     assert layer.routing_counts.tolist() == [0] * 8 + [TOKENS]
 
 
-def train(model: Any, spec: Any, steps: int) -> list[float]:
-    optimizers = default_adamw(lr=3e-3).build(model_parts=[model])
-    spec.post_optimizer_build_fn(optimizers, [model], ONE_PROCESS)
-    tokens_BL = torch.randint(2048, (2, 33), generator=torch.Generator().manual_seed(1))
-    found = []
-    for _ in range(steps):
-        logits_BLV = model(tokens_BL[:, :-1])
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL[:, 1:].flatten())
-        optimizers.zero_grad()
-        loss.backward()
-        optimizers.step()
-        found.append(loss.item())
-    return found
-
-
 def test_a_model_trains_and_its_coefficient_follows_the_density():
     spec = with_relu_routing(small_spec(), TOKENS)
     model = built(spec)
-    found = train(model, spec, 6)
+    found = train(model, spec, 6, batch(), TOKENS)
     assert found[-1] < 0.8 * found[0]
     layers = [module for module in model.modules() if isinstance(module, ReLUMoE)]
     assert len(layers) == 2
@@ -160,7 +102,7 @@ def test_a_model_trains_and_its_coefficient_follows_the_density():
 def test_a_large_coefficient_makes_routing_sparse():
     spec = with_relu_routing(small_spec(), TOKENS, init=1.0, multiplier=1.5)
     model = built(spec)
-    train(model, spec, 12)
+    train(model, spec, 12, batch(), TOKENS)
     counts = []
     for layer in (module for module in model.modules() if isinstance(module, ReLUMoE)):
         layer.register_full_backward_hook(lambda module, *_: counts.append(module.routing_counts.clone()))
@@ -224,3 +166,15 @@ def test_the_config_of_the_page_is_one_with_relu_routing():
     assert len(layers) == 8
     assert all(isinstance(layer, ReLUMoE.Config) for layer in layers)
     assert layers[0].tokens_per_step == 8 * config.training.seq_len
+
+
+@pytest.mark.slow
+def test_two_data_ranks_under_fsdp_train_as_one_process_with_their_rows(tmp_path: Path):
+    finished = torchrun(2, "-m", "tests.distributed.adapters.torchtitan.worker", str(tmp_path / "found"), timeout=240)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found = json.loads((tmp_path / "found").read_text())
+    whole, (first, second) = found["whole"], found["ranks"]
+    assert first["coefficients"] == second["coefficients"] == whole["coefficients"]
+    assert first["routers"] == second["routers"]
+    together = [sum(losses) for losses in zip(first["losses"], second["losses"], strict=True)]
+    assert together == pytest.approx(whole["losses"], rel=1e-3)  # experts compute in bf16

@@ -5,14 +5,13 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from remoe.distributed.adapters.counts import StepCounts, counted_in_backward, counts_of
+from remoe.distributed.adapters.counts import StepCounts, counted_in_backward, counts_of, summed
 from remoe.distributed.adapters.megatron.settings import RouterSettings, moe_layers_of
 from remoe.moe import losses
 from remoe.moe.routers.recurrent import RecurrentReLURouter, RMoERouter
@@ -79,8 +78,8 @@ class Penalties:
     def attach(self, routing: Routing, router: MegatronRouter) -> Tensor:
         """The gates, whose backward pass adds the gradient of the auxiliary term and counts this routing."""
         own_E1 = counts_of(routing)
-        shared_E1 = _summed(own_E1, router.groups.tp_cp)
-        loads_E1 = _summed(own_E1, router.groups.tp_dp_cp) if self.settings.loads_of_all else shared_E1
+        shared_E1 = summed(own_E1, router.groups.tp_cp)
+        loads_E1 = summed(own_E1, router.groups.tp_dp_cp) if self.settings.loads_of_all else shared_E1
         dtype = routing.weights_TE.dtype
         loads_E = loads_E1[:-1].to(dtype) / loads_E1[-1].clamp(min=1)
         # the term is a mean over all tokens of a micro-batch: the ranks that share it add up
@@ -98,14 +97,6 @@ class Penalties:
             return self.config.moe_aux_loss_coeff * losses.load_balancing(routing, top_k, loads_E)  # pyright: ignore
         l1 = losses.sparsity_l1(routing, top_k, self.settings.load_balanced, loads_E)
         return self.coef * self.layer_share * l1
-
-
-def _summed(counts_E1: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if group.size() == 1:
-        return counts_E1
-    counts_E1 = counts_E1.clone()
-    dist.all_reduce(counts_E1, group=group)
-    return counts_E1
 
 
 class MegatronReLURouter(MegatronRouter, ReLURouter):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchtitan.models.common.moe import MoE
 
-from remoe.distributed.adapters.counts import counted_in_backward, counts_of
+from remoe.distributed.adapters.counts import counted_in_backward, counts_of, summed
 from remoe.moe import losses
 from remoe.moe.gates import linear_logits, relu
 from remoe.moe.routing import Routing
@@ -39,6 +40,8 @@ class ReLUMoE(MoE):
         self.top_k = config.router.top_k
         self.num_experts = config.num_experts
         self.term_share = 1 / (config.num_moe_layers * config.tokens_per_step)
+        self.data_ranks: dist.ProcessGroup | None = None
+        """Whose loads weigh the term, and whose counts move the coefficient; None: this process alone."""
         self.initial_log_coef = math.log(config.init)
         self.register_buffer("log_coef", torch.tensor(self.initial_log_coef, dtype=torch.float64))
         counts_E1 = torch.zeros(self.num_experts + 1, dtype=torch.int64)
@@ -59,10 +62,12 @@ class ReLUMoE(MoE):
 
     def _trained(self, routing: Routing) -> Tensor:
         """The gates, whose backward pass adds the term's gradient and counts this routing, once a micro-batch."""
-        l1_sum = losses.sparsity_l1(routing, self.top_k) * len(routing.weights_TE)
-        term = self.log_coef.exp() * self.term_share * l1_sum
+        counts_E1 = counts_of(routing)
+        all_E1 = summed(counts_E1, self.data_ranks)
+        l1 = losses.sparsity_l1(routing, self.top_k, loads_E=all_E1[:-1] / all_E1[-1].clamp(min=1))
+        term = self.log_coef.exp() * self.term_share * counts_E1[-1] * l1  # of this rank's tokens
         weights_TE: Tensor = _WithTerm.apply(routing.weights_TE, term)  # pyright: ignore[reportAssignmentType]
-        return counted_in_backward(weights_TE, counts_of(routing), self.routing_counts)
+        return counted_in_backward(weights_TE, counts_E1, self.routing_counts)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
+from remoe.distributed.adapters.counts import summed
 from remoe.distributed.adapters.torchtitan.dispatcher import VariableExpertsDispatcher
 from remoe.distributed.adapters.torchtitan.moe import ReLUMoE
 from remoe.errors import ConfigError
@@ -54,17 +54,16 @@ def register_sparsity_hook(
             )
     layers = [module for part in model_parts for module in part.modules() if isinstance(module, ReLUMoE)]
     mesh = parallel_dims.get_optional_mesh("loss")
-    group = None if mesh is None else mesh.get_group()
-    optimizers.register_step_post_hook(lambda *_: _update(layers, multiplier, group))
+    for layer in layers:
+        layer.data_ranks = None if mesh is None else mesh.get_group()
+    optimizers.register_step_post_hook(lambda *_: _update(layers, multiplier))
 
 
 @torch.no_grad()
-def _update(layers: list[ReLUMoE], multiplier: float, group: dist.ProcessGroup | None) -> None:
+def _update(layers: list[ReLUMoE], multiplier: float) -> None:
     """One step of the controller from integer counts; its state is in the layers' buffers, equal in all."""
-    counts_LE1 = torch.stack([layer.routing_counts for layer in layers])
-    if group is not None:
-        dist.all_reduce(counts_LE1, group=group)
     first = layers[0]
+    counts_LE1 = summed(torch.stack([layer.routing_counts for layer in layers]), first.data_ranks)
     controller = SparsityController(first.top_k, first.num_experts, multiplier=multiplier).to(first.log_coef.device)
     controller.log_coef.copy_(first.log_coef)
     controller.update(counts_LE1[:, :-1].sum(), counts_LE1[:, -1].sum() * first.num_experts)
