@@ -238,17 +238,19 @@ def decode(results: dict[str, Any]) -> str:
 
 
 def kernels(results: dict[str, Any]) -> str:
-    """The kernels of every profiled row of ours with variable counts."""
+    """Of every profiled row of ours that works on all rows at once, the kernels that take a percent or more."""
     parts = []
     for row in results["rows"]:
-        if row.get("kind") != "ours" or row.get("route") != "var" or "profile" not in row:
+        if row.get("kind") != "ours" or row["candidate"] == "remoe_chunked" or "profile" not in row:
             continue
         lines = [
             [f"`{k['kernel'][:80]}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
             for k in row["profile"]
+            if k["share"] >= 0.01
         ]
         table = _markdown(("kernel", "calls", "µs", "share", "rate"), lines)
-        parts.append(f"{row['candidate']} at {row['shape']}:\n\n{table}")
+        counts = "fixed k" if row["route"] == "topk" else "variable counts"
+        parts.append(f"{row['candidate']} at {row['shape']}, {counts}:\n\n{table}")
     return "\n\n".join(parts)
 
 

@@ -11,9 +11,11 @@ from remoe.bench.clock import Clock
 from remoe.bench.layer import LayerBench, bench_layer
 from remoe.bench.limits import Limits
 from remoe.bench.numerics import TENSORS, errors, expected, plain_results, relative_error, too_large
+from remoe.bench.peers import NotApplicable
 from remoe.bench.problem import ROUTES, Problem
 from remoe.bench.results import MismatchError
 from remoe.bench.shapes import SHAPES
+from remoe.moe import experts
 
 CPU = torch.device("cpu")
 LIMITS = Limits(matmul_tflops=790, copy_gb_per_second=3000, bytes_a_number=2)
@@ -165,8 +167,11 @@ def test_a_peer_that_fails_leaves_the_others_their_rows(monkeypatch: pytest.Monk
     assert by_name["loop"]["forward_backward_ms"] > 0
 
 
-def test_the_dense_start_is_worked_off_in_chunks_of_what_its_steady_state_keeps():
+def test_the_dense_start_is_worked_off_in_chunks_of_what_its_steady_state_keeps(monkeypatch: pytest.MonkeyPatch):
     problem = Problem(SHAPES["stage1_tiny"], CPU, torch.float32)
+    with pytest.raises(NotApplicable, match="the same as without chunks"):
+        ours.COLUMNS["remoe_chunked"](problem, problem.route("var"))
+    monkeypatch.setattr(experts, "_ROWS_OF_NO_CONCERN", 1)
     routing = problem.route("var")
     assert torch.equal(ours.COLUMNS["remoe_chunked"](problem, routing)(), ours.exact(problem, routing)())
 

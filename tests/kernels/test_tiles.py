@@ -6,7 +6,7 @@ import torch
 from remoe.kernels.expert_mlp import tuning
 from remoe.kernels.expert_mlp.tiles import GROUPED_MM, Sizes, Tiles, choose, words_of
 
-MEASURED = Sizes(hidden_size=1536, expert_size=6144, num_experts=8, rows_per_expert=2048.0)
+MEASURED = Sizes(hidden_size=1024, expert_size=4096, num_experts=128, rows_per_expert=128.0)
 
 
 def test_tiles_are_written_as_they_are_read():
@@ -14,7 +14,7 @@ def test_tiles_are_written_as_they_are_read():
 
 
 def test_a_shape_between_measured_ones_gets_the_nearest_row():
-    near = MEASURED._replace(hidden_size=1500, rows_per_expert=1900.0)
+    near = MEASURED._replace(hidden_size=1000, rows_per_expert=120.0)
     assert words_of(near, torch.bfloat16) == words_of(MEASURED, torch.bfloat16)
     assert GROUPED_MM in words_of(MEASURED, torch.bfloat16).values()
 

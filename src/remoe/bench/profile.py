@@ -37,11 +37,13 @@ def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_nu
     """One layer call's kernels by falling time: name, calls, us, share; TFLOP/s or GB/s where the work is known.
 
     The last row is their sum. Products that share a name, such as those of a library, are rated together under
-    "matrix products".
+    "matrix products". Where the layer works in chunks, a call is a part of one, and none is rated by itself.
     """
     kernels = kernels_of(call, clock)
     products = [kernel for kernel in kernels if _PRODUCTS.search(kernel["kernel"])]
-    rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in kernels[:_MOST]]
+    rows = kernels[:_MOST]
+    if not _is_chunked(kernels):
+        rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in rows]
     total = _sum("all", kernels, kernels)
     if not products:
         return [*rows, total]
@@ -68,6 +70,10 @@ def kernels_of(call: Callable[[], Any], clock: Clock) -> list[Kernel]:
     total = sum(kernel["us"] for kernel in kernels)
     kernels = [kernel | {"share": kernel["us"] / total} for kernel in kernels if kernel["us"] > 0]
     return sorted(kernels, key=lambda kernel: -kernel["us"])
+
+
+def _is_chunked(kernels: list[Kernel]) -> bool:
+    return any(kernel["calls"] > 1 for kernel in kernels if re.search(_WORK[0][0], kernel["kernel"]))
 
 
 def _counts(event: Any, is_cuda: bool) -> bool:
