@@ -27,7 +27,7 @@ def load(path: Path) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # an optimizer need not be read
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as tensors and plain data: {_first_line(error)}") from error
 

@@ -248,13 +248,21 @@ def test_micro_batches_are_a_mean_not_a_sum():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12)
 
 
+def term_gradient(settings: RouterSettings, **changes: Any) -> torch.Tensor:
+    """The first router's gradient of the auxiliary term alone, over 2 * LENGTH tokens."""
+    model, _ = routed_model(megatron_config(**changes), settings)
+    router = routers_of(model)[0]
+    hidden_SBH = torch.randn(LENGTH, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    router(hidden_SBH)[0].mul(0).sum().backward()
+    return router.weight.grad
+
+
+def test_the_released_term_is_a_sum_over_layers_the_papers_a_mean():
+    paper, released = (term_gradient(RouterSettings(init=0.5, mode=mode)) for mode in ("paper", "released"))
+    torch.testing.assert_close(released, 3 * paper)
+
+
 def test_per_token_loss_scales_the_term_by_the_tokens_that_megatron_divides_by():
-    found = []
-    for per_token in (False, True):
-        config = megatron_config(calculate_per_token_loss=per_token)
-        model, _ = routed_model(config, RouterSettings(init=0.5))
-        router = routers_of(model)[0]
-        hidden_SBH = torch.randn(LENGTH, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        router(hidden_SBH)[0].mul(0).sum().backward()
-        found.append(router.weight.grad)
-    torch.testing.assert_close(found[1], found[0] * 2 * LENGTH)
+    settings = RouterSettings(init=0.5)
+    mean, per_token = (term_gradient(settings, calculate_per_token_loss=flag) for flag in (False, True))
+    torch.testing.assert_close(per_token, mean * 2 * LENGTH)
