@@ -77,6 +77,8 @@ def block_passes(values: dict[str, Any]) -> tuple[float, str, str]:
             rest = job.tokens / row.tokens_per_second - estimate(job, row.parallel, gpus).step_seconds.total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
             found.append(rest * gpus["memory_rate"] / a_pass)
+    if not found:
+        raise SystemExit(f"no {MODELS} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
     what = "what steady step_ms of our candidates leave beyond the other terms"
     return statistics.mean(found), "passes over a layer's hidden states", what
 
