@@ -163,7 +163,7 @@ def _run(job: _Job) -> None:
         if not writer.num_documents:
             skipped = f"; skipped {bad_lines(len(writer.skipped))}, as {writer.skipped[0]}" if writer.skipped else ""
             raise DataError(f"{', '.join(map(str, job.inputs))} holds no document with text in it{skipped}")
-        writer.write_sidecars([str(path) for path in job.inputs], job.config.append_eod)
+    writer.write_sidecars([str(path) for path in job.inputs], job.config.append_eod)
     write_whole(job.mark, f"{job.settings} {file_hash(beside(joined, '.idx'))}\n".encode())
     move_dataset(joined, job.prefix)
     _remove_partial(job)

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe.data.dataset import Documents, TokenDataset
-from remoe.data.files import beside, to_json, write_whole
+from remoe.data.dataset import SCAN_BYTES, Documents, TokenDataset
+from remoe.data.files import beside, file_hash, to_json, write_whole
 from remoe.data.indexed import IndexedFile, IndexedWriter
 from remoe.data.parts import Part
 from remoe.data.tokenizer import Tokenizer
 from remoe.errors import DataError
 
 SIDECARS = (".domains.json", ".manifest.json", ".skipped.txt")
+SUMMED = (".bin", ".idx", ".domains.json")
+"""What the manifest has checksums of."""
 
 
 class PreparedWriter:
@@ -54,7 +56,7 @@ class PreparedWriter:
         self.num_documents += len(part.lengths)
 
     def write_sidecars(self, inputs: list[str], append_eod: bool) -> None:
-        """Write everything but the tokens."""
+        """Write everything but the tokens; once those are in place."""
         domains = np.concatenate([np.empty(0, np.int64), *self._domain_of_document])
         table = {"domains": list(self._domains), "domain_of_document": domains.tolist()}
         write_whole(beside(self._prefix, ".domains.json"), json.dumps(table, ensure_ascii=False).encode())
@@ -80,6 +82,7 @@ class PreparedWriter:
             "empty_texts": self._empty,
             "skipped_lines": len(self.skipped),
             "inputs": inputs,
+            "sha256": {ending: file_hash(beside(self._prefix, ending)) for ending in SUMMED},
         }
 
     def __enter__(self) -> "PreparedWriter":
@@ -116,10 +119,23 @@ def open_prefix(prefix: Path, tokenizer: Tokenizer, default_domain: str = "text"
     manifest = read_manifest(prefix)
     _check_tokenizer(prefix, manifest.get("tokenizer", {}), tokenizer)
     names, domains = _read_domains(prefix, file.num_documents, default_domain)
+    _check_sums(prefix, manifest.get("sha256"))
     documents = Documents(file.document_starts, file.document_lengths, domains)
     dataset = TokenDataset(file.tokens, documents, names, tokenizer.vocab_size, str(prefix))
     dataset.check_all_ids()
     return dataset
+
+
+def _check_sums(prefix: Path, sums: Any) -> None:
+    """Compare with the manifest's checksums, where it has some. Files above SCAN_BYTES are not read through."""
+    if sums is None:
+        return
+    for ending in SUMMED:
+        path = beside(prefix, ending)
+        if path.exists() and path.stat().st_size > SCAN_BYTES:
+            continue
+        if not isinstance(sums, dict) or not path.exists() or sums.get(ending) != file_hash(path):
+            raise DataError(f"{path} is damaged: it does not match the checksum in {prefix.name}.manifest.json")
 
 
 def read_manifest(prefix: Path) -> dict[str, Any]:

@@ -411,6 +411,7 @@ def _readable(path: Path) -> Iterator[None]:
     except PermissionError:
         raise DataError(f"{path} cannot be read: permission denied") from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("zstandard", "pyarrow", "gzip"):
+        is_pyarrows_own = isinstance(error, ValueError | OverflowError) or getattr(error, "errno", 0) is None
+        if is_pyarrows_own or type(error).__module__.partition(".")[0] in ("zstandard", "pyarrow", "gzip"):
             raise DataError(f"{path} is damaged and cannot be read: {error}") from None
         raise

@@ -27,6 +27,8 @@ class SubwordTokenizer:
         self.fingerprint = _fingerprint(kind, files)
         self._library, self._kind, self._files = library, kind, files
         vocabulary = library.get_vocab(with_added_tokens=True)
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise DataError(f"tokenizer {name} is damaged: two of its tokens have the same id")
         first_free = max(vocabulary.values(), default=-1) + 1  # ids may have gaps: the size is not the largest
         self.eod: int = next((vocabulary[token] for token in EOD_TOKENS if token in vocabulary), first_free)
         self.vocab_size: int = max(first_free, self.eod + 1)

@@ -105,9 +105,9 @@ def load_saved_tokenizer(folder: Path) -> Tokenizer:
     if kind == "bytes":
         tokenizer: Tokenizer = BytesTokenizer()
     elif kind == "characters":
-        tokenizer = CharacterTokenizer(card["characters"])
+        tokenizer = CharacterTokenizer("".join(_vocabulary(folder, card, "characters")))
     elif kind == "words":
-        tokenizer = WordTokenizer(card["words"])
+        tokenizer = WordTokenizer(_vocabulary(folder, card, "words"))
     elif kind in subword.KINDS:
         tokenizer = subword.load_saved(folder, kind, card["name"])
     else:
@@ -115,6 +115,14 @@ def load_saved_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.fingerprint != card.get("fingerprint"):
         raise DataError(f"the tokenizer in {folder} was changed after it was saved: its fingerprint does not match")
     return tokenizer
+
+
+def _vocabulary(folder: Path, card: dict[str, Any], key: str) -> Sequence[str]:
+    """A list of texts, or one text, in a card."""
+    values = card.get(key)
+    if not isinstance(values, str | list) or not all(isinstance(value, str) for value in values):
+        raise DataError(f"{folder / CARD} is damaged: it must hold the tokenizer's {key}")
+    return values
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,12 @@ def _parse(path: Path, number: int, line: str) -> Metrics:
         metrics = json.loads(line)
     except (ValueError, RecursionError):
         metrics = None
-    if not isinstance(metrics, dict) or "step" not in metrics:
+    if not isinstance(metrics, dict) or not _is_logged(metrics):
         raise CheckpointError(f"{path}:{number} is damaged, must be one JSON object with a step; remove the line")
     return metrics
+
+
+def _is_logged(metrics: Metrics) -> bool:
+    """Whether what every look at a run needs is there, as numbers."""
+    counts, loss = (metrics.get("step"), metrics.get("tokens", 0)), metrics.get("valid_loss")
+    return all(type(count) is int for count in counts) and (loss is None or type(loss) in (int, float))
