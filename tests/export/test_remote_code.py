@@ -56,6 +56,18 @@ def test_it_computes_and_generates_the_same_without_remoe_and_without_network(tm
     assert result["generated"].equal(expected)
 
 
+def test_a_pipeline_writes_the_text_of_native_generation(tmp_path):
+    import transformers
+
+    model, tokenizer = ReMoEForCausalLM(ReMoEConfig(**SMALL | {"vocab_size": 257})).eval(), BytesTokenizer()
+    write_export(model, tokenizer, tmp_path)
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path), trust_remote_code=True)
+    text = pipeline("Once upon", max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    tokens_BS = torch.tensor([tokenizer.encode("Once upon").tolist()])
+    expected = model.generate(tokens_BS, 9, stop_tokens=(tokenizer.eod,))
+    assert text == tokenizer.decode(expected[0].tolist())
+
+
 def test_the_settings_that_are_written_are_those_of_the_classes():
     from remoe.hf import modeling_remoe
 
