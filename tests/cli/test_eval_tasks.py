@@ -37,6 +37,8 @@ def test_tasks_are_a_table_with_sizes_and_errors_and_a_file_of_the_harness(remoe
         (("--output", "scores.json"), "--output needs --tasks"),
         (("--tasks", "piqa", "--sequences", 3), "--sequences is for text, must be left out with --tasks"),
         (("--tasks", "piqua", "--data", "."), "did you mean 'piqa'?"),
+        (("--tasks", ",", "--data", "."), "--tasks names no task"),
+        (("--tasks", "piqa", "--output", "."), "--output is ., a folder, must be a file"),
         (("--tasks", "piqa", "--data", "gone"), "--data is gone, must be a folder with a jsonl file a task"),
     ],
 )
@@ -44,3 +46,11 @@ def test_options_that_do_not_go_together_are_refused(remoe, run_folder, options,
     outcome = remoe("eval", run_folder, *options)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_without_the_harness_it_says_how_to_get_it(remoe, run_folder, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for options in (("--data", data), ()):
+        outcome = remoe("eval", run_folder, "--tasks", "piqa", *options)
+        assert outcome.code == 2
+        assert "lm_eval is not installed; it comes with: pip install 'remoe[eval]'" in outcome.err

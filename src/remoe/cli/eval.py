@@ -43,10 +43,12 @@ def eval_command(
         print(json.dumps(scores.to_dict(), indent=1) if as_json else text_table(scores))
         return
     _refuse("is for text, must be left out with --tasks", {"--sequences": sequences})
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output is {output}, a folder, must be a file")
     options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit}
     with contextlib.redirect_stdout(sys.stderr):
         results = _task_scores(path, words(tasks), data, options | {"batch_size": batch_size, "device": device})
-    text = json.dumps(results, indent=2, default=str)
+    text = json.dumps(results, indent=2)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n", encoding="utf-8")

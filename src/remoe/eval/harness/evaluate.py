@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import json
 import logging
 import os
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 from remoe.errors import ConfigError, nearest
 from remoe.eval.harness.groups import GROUPS, add_averages, tasks_of
-from remoe.eval.harness.tasks import write_tasks
+from remoe.eval.harness.tasks import TASKS, harness_folder, write_tasks
 
 BOOTSTRAP_DRAWS = 1000
 """For standard errors without a formula (LAMBADA's perplexity); the harness's 100,000 take minutes."""
@@ -45,6 +46,10 @@ def evaluate_tasks(
     """
     config = config or HarnessConfig()
     names = tasks_of(tasks)
+    if not names:
+        raise ConfigError(
+            f"--tasks names no task, must name some: {', '.join((*GROUPS, *TASKS))}, or others of lm_eval's"
+        )
     with tempfile.TemporaryDirectory(prefix="remoe-tasks-") as folder:
         if data is not None:
             stay_offline()
@@ -61,9 +66,11 @@ def stay_offline() -> None:
 
 
 def _run(path: Path | str, names: Sequence[str], folder: str | None, config: HarnessConfig) -> dict[str, Any]:
+    harness_folder()  # says how to install it
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable
 
         import remoe.eval.harness.model  # noqa: F401  registers the model
 
@@ -83,7 +90,7 @@ def _run(path: Path | str, names: Sequence[str], folder: str | None, config: Har
             log_samples=False,
         )
     assert results is not None, "one process evaluates"
-    return dict(results)
+    return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
 def _check_names(names: Sequence[str], known: Sequence[str]) -> None:

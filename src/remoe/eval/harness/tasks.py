@@ -123,7 +123,7 @@ def _no_examples(name: str, data: Path) -> DataError:
 
 def _config(name: str, files: dict[str, Path], folder: Path) -> dict[str, Any]:
     return {
-        "include": str(_harness_folder() / "tasks" / TASKS[name].source),
+        "include": str(harness_folder() / "tasks" / TASKS[name].source),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,  # else the hub's name goes to the json reader
@@ -136,7 +136,8 @@ def _config(name: str, files: dict[str, Path], folder: Path) -> dict[str, Any]:
     }
 
 
-def _harness_folder() -> Path:
+def harness_folder() -> Path:
+    """Where lm_eval is installed; MissingExtraError where it is not."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise MissingExtraError("lm_eval", "eval")
