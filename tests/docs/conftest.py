@@ -25,7 +25,7 @@ def run_line(command: str, folder: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert finished.returncode == 0, (command, finished.stderr[-2000:])

@@ -28,6 +28,11 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a sink takes of one line: all numbers by path but the step, for which each has a place of its own."""
+    return {name: value for name, value in flatten(metrics) if name != "step"}
+
+
 class TensorBoardSink:
     """Event files below the run's folder."""
 
@@ -38,7 +43,7 @@ class TensorBoardSink:
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Add one scalar a number."""
-        for name, value in flatten(metrics):
+        for name, value in numbers(metrics).items():
             self._writer.add_scalar(name, value, metrics["step"])
 
     def close(self) -> None:
@@ -47,23 +52,33 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run; offline where WANDB_MODE says so or no API key is known, so that nothing asks for one."""
+    """A W&B run; offline where WANDB_MODE says so or no API key is known, so that nothing asks for one.
+
+    A resumed run goes on in the same W&B run, by the id kept in the run's folder. Steps that W&B has seen already it
+    leaves out.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         has_choice = "WANDB_MODE" in os.environ or bool(wandb.api.api_key)
+        known = folder / "wandb" / "run-id"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "remoe"),
             name=str(config["name"]),
             dir=str(folder),
             config=dict(config),
             mode=None if has_choice else "offline",
+            id=known.read_text() if step and known.is_file() else None,
+            resume="allow",
+            settings=wandb.Settings(console="off"),  # standard output stays the command's own
         )
+        known.parent.mkdir(exist_ok=True)
+        known.write_text(self._run.id)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log the numbers of one step."""
-        self._run.log(dict(flatten(metrics)), step=metrics["step"])
+        self._run.log(numbers(metrics), step=metrics["step"])
 
     def close(self) -> None:
         """End the run."""
@@ -71,17 +86,18 @@ class WandbSink:
 
 
 class TrackioSink:
-    """A trackio run in its local database."""
+    """A trackio run in its local database; a resumed run goes on in the newest one of its name."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
-        trackio.init(project="remoe", name=str(config["name"]).replace("/", "-"), config=dict(config), resume="allow")
+        name = str(config["name"]).replace("/", "-")
+        trackio.init(project="remoe", name=name, config=dict(config), resume="allow" if step else "never")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log the numbers of one step."""
-        self._trackio.log(dict(flatten(metrics)), step=metrics["step"])
+        self._trackio.log(numbers(metrics), step=metrics["step"])
 
     def close(self) -> None:
         """End the run."""
