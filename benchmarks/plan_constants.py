@@ -72,7 +72,7 @@ def block_passes(values: dict[str, Any]) -> tuple[float, str, str]:
     gpus = machine_of({"name": values["name"], "constants": {**values["constants"], "block_passes": nothing}})
     found = []
     for row in measured_models(ROOT / "results"):
-        if row.gpu == gpus.name:
+        if row.gpu == gpus.name and not row.at_start:
             job = row.job
             rest = job.tokens / row.tokens_per_second - estimate(job, row.parallel, gpus).step_seconds.total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers

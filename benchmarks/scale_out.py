@@ -1,7 +1,8 @@
 """Tokens a second and peak memory of one model on several GPUs, layout by layout, beside one GPU in the same call.
 
-ReLU and Top-K each, in the steady state that `remoe.bench.steady` sets, at a learning rate of 0, on random tokens: each
-rank has the same micro-batches in every layout. Started by torchrun; the first process writes the results. Example:
+ReLU and Top-K each, in the steady state that `remoe.bench.steady` sets or as they start, at a learning rate of 0, on
+random tokens: each rank has the same micro-batches in every layout. Started by torchrun; the first process writes the
+results. Example:
 
     torchrun --standalone --nproc-per-node 4 benchmarks/scale_out.py remoe-469m-relu --expert 1 4 \
         --micro-batch 8 --accumulation 4 --output results/scale_out_469m.json
@@ -32,6 +33,7 @@ from remoe.training.config import TrainConfig
 from remoe.training.setup import pick_device
 from remoe.training.step import Stepper
 
+START = "start: a fresh model, half of whose gates are open with ReLU routing: its peak memory is the run's"
 WARM_UP = 3
 SETTLING_TOKENS = 16384
 SPARE_ROWS = 1.15
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--expert", nargs="+", type=int, default=[1], help="expert-parallel sizes to measure")
     parser.add_argument("--routers", nargs="+", default=["relu", "topk"])
+    parser.add_argument("--phases", nargs="+", default=["steady"], choices=["steady", "start"], help=START)
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences of one rank's forward pass")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of one rank's step")
     parser.add_argument("--steps", type=int, default=8)
@@ -64,11 +67,14 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[
         for expert in options.expert:
             parallel = resolve_parallel(dataclasses.replace(config.parallel, expert=expert), world_size())
             ranks = launch.join(parallel, device)
-            if expert == options.expert[0] and world_size() > 1 and not options.no_baseline:
-                rows += ranks.on_first(lambda c=config, p=parallel: [measure(c, p, Ranks(), device, options)])
-            rows.append(measure(config, parallel, ranks, device, options))
-            if is_first():
-                print(json.dumps(rows[-1]), flush=True)
+            needs_baseline = expert == options.expert[0] and world_size() > 1 and not options.no_baseline
+            for phase in options.phases:
+                own = argparse.Namespace(**vars(options), phase=phase)
+                if needs_baseline:
+                    rows += ranks.on_first(lambda c=config, p=parallel, o=own: [measure(c, p, Ranks(), device, o)])
+                rows.append(measure(config, parallel, ranks, device, own))
+                if is_first():
+                    print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -81,11 +87,13 @@ def measure(
     own = dataclasses.replace(own, model=dataclasses.replace(own.model, vocab_size=vocabulary))
     length, rows = own.data.sequence_length, options.micro_batch * options.accumulation
     batch = random_batch(own.model, rows, length, seed=ranks.index)
-    stepper = Stepper(own, steady_model(own, device), device, ranks)
+    is_steady = options.phase == "steady"
+    stepper = Stepper(own, steady_model(own, device) if is_steady else new_model(own, device), device, ranks)
     gc.collect()
     reset_peak(device)
-    seconds, values = run_steps(stepper, batch, options.steps)
+    seconds, values = run_steps(stepper, batch, options.steps, knows_rows=is_steady)
     row = {
+        "phase": options.phase,
         "router": own.model.moe.router_name,
         "ranks": ranks.size,
         "parallel": dataclasses.asdict(parallel) if ranks.size > 1 else None,
@@ -101,10 +109,15 @@ def measure(
     return row
 
 
+def new_model(config: TrainConfig, device: torch.device) -> ReMoEForCausalLM:
+    """A fresh model, the same on all ranks."""
+    torch.manual_seed(0)
+    return fresh_model(config.model, device)
+
+
 def steady_model(config: TrainConfig, device: torch.device) -> ReMoEForCausalLM:
     """A fresh model that routes as a trained one; the same on all ranks."""
-    torch.manual_seed(0)
-    model = fresh_model(config.model, device)
+    model = new_model(config, device)
     if config.model.num_moe_layers:
         length = config.data.sequence_length
         tokens_BS = random_batch(config.model, max(1, SETTLING_TOKENS // length), length, seed=99).tokens_BS
@@ -114,12 +127,16 @@ def steady_model(config: TrainConfig, device: torch.device) -> ReMoEForCausalLM:
     return model
 
 
-def run_steps(stepper: Stepper, batch: Batch, steps: int) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each step after the warm-up, whose last one tells how many rows the layers need."""
+def run_steps(
+    stepper: Stepper, batch: Batch, steps: int, knows_rows: bool
+) -> tuple[list[float], dict[str, Any]]:  # fmt: skip
+    """Seconds of each step after the warm-up, whose last one tells how many rows the layers need; a run's first steps
+    do not know, and wait for it.
+    """
     values: dict[str, Any] = {}
     for step in range(1, WARM_UP + 1):
         values = stepper.run(batch, step)
-    if stepper.device.type == "cuda" and "active_at_once" in values:
+    if knows_rows and stepper.device.type == "cuda" and "active_at_once" in values:
         stepper.row_capacities = [int(SPARE_ROWS * count) for count in values["active_at_once"].tolist()]
         values = stepper.run(batch, WARM_UP + 1)
     seconds = []

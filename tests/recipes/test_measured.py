@@ -32,7 +32,7 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
     assert two.predicted().tokens_per_second > alone.predicted().tokens_per_second
 
 
-def test_measured_models_are_the_steady_steps_of_ours(tmp_path: Path):
+def test_measured_models_are_the_steps_of_ours(tmp_path: Path):
     row = {"model": "remoe-182m-relu", "kind": "ours", "phase": "steady", "candidate": "relu", "micro_batch": 8}
     row |= {"accumulation": 2, "tokens_per_second": 9.0, "peak_bytes": 3}
     others = [row | {"phase": "start"}, row | {"kind": "peer"}, {"kind": "ratio"}]
@@ -40,7 +40,8 @@ def test_measured_models_are_the_steady_steps_of_ours(tmp_path: Path):
     (tmp_path / "gpu").mkdir()
     content = {"command": command, "gpus": ["a card"], "rows": [row, *others]}
     (tmp_path / "gpu" / "model_182m.json").write_text(json.dumps(content))
-    (found,) = measured_models(tmp_path)
+    found, at_start = measured_models(tmp_path)
+    assert (found.at_start, at_start.at_start) == (False, True)
     assert found.job.is_compiled
     assert (found.job.batch_size, found.job.micro_batch_size) == (16, 8)
     assert found.job.activation_checkpointing == "none"

@@ -27,6 +27,8 @@ class Measured(NamedTuple):
     parallel: ParallelConfig
     tokens_per_second: float
     peak_bytes: int
+    at_start: bool
+    """With half of all gates open, where it is ReLU routing: plans predict only the memory of that."""
 
     def predicted(self) -> Estimate:
         """What the formulas say of it."""
@@ -34,13 +36,13 @@ class Measured(NamedTuple):
 
 
 def measured_models(folder: Path) -> list[Measured]:
-    """Steady steps on one GPU: gpu/model*.json, written by `remoe bench model`."""
+    """Steps on one GPU: gpu/model*.json, written by `remoe bench model`."""
     found = []
     for path in sorted(folder.glob("gpu/model*.json")):
         content = json.loads(path.read_text())
         overrides = _after(content["command"], "--set")
         for row in content["rows"]:
-            if (row.get("kind"), row.get("phase")) == ("ours", "steady"):
+            if row.get("kind") == "ours":
                 changes = [*overrides, f"model.router={row['candidate']}", "train.compile=true"]
                 job = _job(row["model"], changes, row["micro_batch"], row["accumulation"])
                 found.append(_measured(path, content["gpus"][0], row, job, None))
@@ -75,7 +77,9 @@ def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Map
     peak = row["peak_bytes"] if isinstance(row["peak_bytes"], int) else max(row["peak_bytes"])
     named = ", ".join(f"{key} {size}" for key, size in layout.items() if size > 1)
     what = f"{job.model.moe.router_name} on {row.get('ranks', 1)}" + (f", {named}" if named else "")
-    return Measured(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak)
+    at_start = row.get("phase") == "start"
+    what += ", at start" if at_start else ""
+    return Measured(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak, at_start)
 
 
 def _job(config: str, overrides: Sequence[str], micro_batch: int, micro_batches: int) -> Job:
