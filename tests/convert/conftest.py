@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remoe.convert.text import ConversionText, TextConfig, split_text
+from remoe.convert.text import ConversionText, TextSizes, split_text
 from remoe.data import Batch
 
 VOCAB = 61
@@ -68,4 +68,4 @@ def random_text(vocab_size: int = VOCAB) -> ConversionText:
         tokens_BS = torch.randint(3, vocab_size, (1, 33), generator=generator)
         zeros_BS = torch.zeros(1, 32, dtype=torch.int64)
         sequences.append(Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], zeros_BS, zeros_BS))
-    return split_text(sequences, TextConfig("random", "none", 32, calibration_sequences=24, batch_size=4))
+    return split_text(sequences, TextSizes(calibration_sequences=24, batch_size=4))

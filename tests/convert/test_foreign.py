@@ -116,7 +116,7 @@ def test_a_tensor_without_a_place_is_an_error(build_family):
     source = build_family("olmoe")
     source.register_parameter("left_over", torch.nn.Parameter(torch.zeros(2)))
     gates = [ReLUGate(gate.weight, torch.zeros(8), torch.ones(8)) for gate in topk_gates(source)]
-    with pytest.raises(CheckpointError, match="unread .'left_over'."):
+    with pytest.raises(CheckpointError, match=r"unread .'left_over'."):
         with_relu_gates(source, gates)
 
 

@@ -123,5 +123,5 @@ def test_every_tensor_has_a_place_and_every_place_a_tensor():
     model = native(moe_layers="none")
     state = model.state_dict()
     state["extra"] = state.pop("model.norm.weight")
-    with pytest.raises(CheckpointError, match="unread .'extra'., missing .'model.norm.weight'."):
+    with pytest.raises(CheckpointError, match=r"unread .'extra'., missing .'model.norm.weight'."):
         filled(model.config, state)

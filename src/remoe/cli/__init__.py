@@ -11,6 +11,7 @@ from remoe import __version__
 from remoe.cli.analyze import analyze_command
 from remoe.cli.bench import bench_app
 from remoe.cli.compare import compare_command
+from remoe.cli.convert import convert_command
 from remoe.cli.demo import demo_command
 from remoe.cli.density import density_command
 from remoe.cli.eval import eval_command
@@ -33,6 +34,7 @@ for name, command, example in (
     ("density", density_command, "remoe density runs/first-run --choose 0.7 --to first-run-sparser"),
     ("generate", generate_command, "remoe generate runs/first-run --prompt 'def ' --temperature 0.8"),
     ("export", export_command, "remoe export runs/first-run --to first-run-export"),
+    ("convert", convert_command, "remoe convert olmoe --router relu --data text.txt --to olmoe-relu"),
     ("plan", plan_command, "remoe plan remoe-182m-relu --json"),
 ):
     app.command(name, epilog=f"Example: {example}")(command)

@@ -7,7 +7,10 @@ import torch
 
 from remoe.data import Batch, DataConfig, open_validation, validation_batches
 from remoe.data.sampler import NO_LABEL
+from remoe.data.tokenizer import CARD
 from remoe.errors import ConfigError, DataError
+from remoe.training.run import TOKENIZER
+from remoe.training.saved import run_of
 
 
 class ConversionText(NamedTuple):
@@ -17,50 +20,53 @@ class ConversionText(NamedTuple):
     batches: list[Batch]
 
 
-class TextConfig(NamedTuple):
-    """How much text, and how it is cut."""
+class TextSizes(NamedTuple):
+    """How many sequences fit gates, how many others compare models, and how many go through a model at once."""
 
-    path: str
-    tokenizer: str
-    sequence_length: int = 256
     calibration_sequences: int = 32
     sequences: int = 32
     batch_size: int = 8
 
 
-def read_text(config: TextConfig, vocab_size: int) -> ConversionText:
-    """Tokenise a text file. DataError for too short a text or a tokenizer with more ids than the model."""
-    data = DataConfig(validation=config.path, tokenizer=config.tokenizer, sequence_length=config.sequence_length)
+def read_text(data: DataConfig, sizes: TextSizes, vocab_size: int) -> ConversionText:
+    """Tokenise validation text. DataError for too short a text or a tokenizer with more ids than the model."""
     text = open_validation(data)
     if text.tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"tokenizer {config.tokenizer} has {text.tokenizer.vocab_size} ids, the model {vocab_size}; name the "
+            f"tokenizer {data.tokenizer} has {text.tokenizer.vocab_size} ids, the model {vocab_size}; name the "
             "model's own with --tokenizer"
         )
-    wanted = config.calibration_sequences + config.sequences
-    read = list(validation_batches(text.validation, config.sequence_length, 1, wanted))
-    return split_text([batch for batch in read if (batch.labels_BS != NO_LABEL).all()], config)
+    wanted = sizes.calibration_sequences + sizes.sequences
+    read = validation_batches(text.validation, data.sequence_length, 1, wanted)
+    return split_text([batch for batch in read if (batch.labels_BS != NO_LABEL).all()], sizes)
 
 
-def split_text(sequences: list[Batch], config: TextConfig) -> ConversionText:
+def split_text(sequences: list[Batch], sizes: TextSizes) -> ConversionText:
     """The first sequences to fit on, the rest to compare on; DataError where there is no rest."""
-    if len(sequences) <= config.calibration_sequences:
+    if len(sequences) <= sizes.calibration_sequences:
         raise DataError(
-            f"{config.path} has {len(sequences)} sequences of {config.sequence_length} tokens, must have more than the "
-            f"{config.calibration_sequences} that fit gates; give more text or lower --calibration-sequences"
+            f"the text has {len(sequences)} whole sequences, must have more than the {sizes.calibration_sequences} "
+            "that fit gates; give more text, or lower --calibration-sequences or --sequence-length"
         )
-    first, rest = sequences[: config.calibration_sequences], sequences[config.calibration_sequences :]
-    starts = range(0, len(rest), config.batch_size)
-    return ConversionText(_joined(first), [_joined(rest[start : start + config.batch_size]) for start in starts])
+    first, rest = sequences[: sizes.calibration_sequences], sequences[sizes.calibration_sequences :]
+    starts = range(0, len(rest), sizes.batch_size)
+    return ConversionText(_joined(first), [_joined(rest[start : start + sizes.batch_size]) for start in starts])
 
 
 def tokenizer_beside(source: Path, given: str | None) -> str:
-    """The tokenizer to read text with: the one that was named, or the source's; ConfigError where there is none."""
+    """The setting of the tokenizer that belongs to a model: the one that was given, or the one saved with it.
+
+    Raises ConfigError where there is none.
+    """
     if given is not None:
         return given
-    if not (source / "tokenizer.json").is_file():
-        raise ConfigError(f"{source} holds no tokenizer.json; name the model's tokenizer with --tokenizer")
-    return str(source / "tokenizer.json")
+    run = run_of(source)
+    folder = run.path / TOKENIZER if run else source
+    if (folder / CARD).is_file():
+        return str(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{source} holds no tokenizer; name the model's with --tokenizer")
+    return str(folder / "tokenizer.json")
 
 
 def _joined(batches: list[Batch]) -> Batch:

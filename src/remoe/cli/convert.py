@@ -1,0 +1,69 @@
+"""`remoe convert`: a Top-K or dense checkpoint with ReLU routing, and back where that is exact."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from remoe.cli.options import AsJson, existing
+from remoe.cli.table import table
+
+if TYPE_CHECKING:
+    from remoe.convert.agreement import Conversion
+
+SOURCE = "a run, checkpoint or export, or a folder of transformers: " + (
+    "mixtral, llama, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3, granitemoe"
+)
+
+
+def convert_command(
+    source: Annotated[Path, Argument(metavar="SRC", help=SOURCE, callback=existing)],
+    to: Annotated[Path, Option("--to", metavar="DIR", help="folder to write; new or empty")],
+    router: Annotated[str, Option(help="relu, or topk: back to Mixtral or Llama, where it is exact")] = "relu",
+    data: Annotated[str | None, Option(help="text to fit gates on; by default the run's validation text")] = None,
+    tokenizer: Annotated[str | None, Option(help="as data.tokenizer; by default the one in SRC")] = None,
+    sequence_length: Annotated[
+        int | None, Option(help="tokens a sequence; by default the run's, or 256", min=2)
+    ] = None,
+    calibration_sequences: Annotated[int, Option(help="sequences that fit gates", min=1)] = 32,
+    sequences: Annotated[int, Option(help="sequences after them, to compare on", min=1)] = 32,
+    num_experts: Annotated[int, Option(help="dense: copies that each MLP becomes", min=1)] = 8,
+    top_k: Annotated[int, Option(help="dense: copies a token shall use after training", min=1)] = 1,
+    granularity: Annotated[int, Option(help="dense: slices that each copy is split in", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Give a Top-K or dense model ReLU routing.
+
+    Top-K gates are swapped for ReLU gates that use as many experts on average; a dense MLP becomes experts that are all
+    on at first. Train on to recover what is lost: `remoe train ... --set train.init_from=DIR`.
+    """
+    import json
+
+    from remoe.convert.checkpoint import ConvertConfig, convert
+    from remoe.convert.own import Upcycling
+    from remoe.convert.text import TextSizes
+    from remoe.eval.density import check_folder
+
+    check_folder(to)
+    config = ConvertConfig(
+        router=router, data=data, tokenizer=tokenizer, sequence_length=sequence_length,
+        sizes=TextSizes(calibration_sequences, sequences),
+        upcycling=Upcycling(num_experts=num_experts, top_k=top_k, granularity=granularity),
+    )  # fmt: skip
+    result = convert(source, to, config)
+    print(json.dumps(result.to_dict(), indent=1) if as_json else _text(result, to))
+
+
+def _text(result: "Conversion", to: Path) -> str:
+    lines = [f"{to}: {result.source} to {result.target}"]
+    measured = result.agreement
+    if measured is not None:
+        lines += [
+            f"loss {measured.loss_before:.4f} before, {measured.loss_after:.4f} after, on {measured.tokens:,} tokens",
+            f"KL divergence {measured.kl_divergence:.4f} nats a token, same likeliest token {measured.same_top_1:.1%}",
+        ]
+    if result.active_experts:
+        layers = enumerate(zip(result.active_experts, result.overlap, strict=True))
+        rows = [(str(layer), f"{active:.3f}", f"{share:.1%}") for layer, (active, share) in layers]
+        lines.append(table(("MoE layer", f"active experts (k = {result.top_k})", "Top-K pairs kept"), rows))
+    return "\n".join(lines)

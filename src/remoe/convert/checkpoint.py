@@ -1,0 +1,102 @@
+"""A checkpoint converted: to ReLU routing, or back to Top-K where that is exact."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from remoe.convert.agreement import Conversion, measure_agreement
+from remoe.convert.foreign import load_source, model_type_of, save_converted, swap_gates
+from remoe.convert.native import from_transformers, missing_in_native, to_transformers
+from remoe.convert.own import Upcycling, swap_native_gates, upcycle
+from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
+from remoe.data import load_tokenizer
+from remoe.errors import ConfigError, one_of
+from remoe.eval.held_out import text_beside
+from remoe.export import write_export
+from remoe.model import ReMoEForCausalLM
+from remoe.training.loading import load
+from remoe.training.saved import run_of
+
+REPORT = "conversion.json"
+_OURS = "remoe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to make of a checkpoint. `router`: relu, or topk (back, where it is exact).
+
+    `data` is text that fits and compares gates; null: the validation text of the source's run. `upcycling` says what
+    dense layers become.
+    """
+
+    router: str = "relu"
+    data: str | None = None
+    tokenizer: str | None = None
+    sequence_length: int | None = None
+    sizes: TextSizes = field(default_factory=TextSizes)
+    upcycling: Upcycling = field(default_factory=Upcycling)
+
+
+def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
+    """Write a converted model into the folder `to`, with conversion.json, and say how close it is to its source.
+
+    The source is a run, checkpoint or export of ours, or a folder of transformers. Mixtral and Llama without settings
+    that our block lacks become our own model; other mixtures of experts stay models of transformers, with a model type
+    of their own. Raises ConfigError, CheckpointError or DataError before anything is written.
+    """
+    if config.router not in ("relu", "topk"):
+        raise ConfigError(f"--router is {config.router!r}, {one_of(config.router, ['relu', 'topk'])}")
+    is_ours = run_of(source) is not None or model_type_of(source) in (None, _OURS)
+    model: Any = load(source) if is_ours else load_source(source)
+    if config.router == "topk":
+        result = _to_topk(model, source, to)
+    elif not is_ours and missing_in_native(model.config) is not None:
+        converted, result = swap_gates(model, _text(source, config, model.config.vocab_size))
+        save_converted(converted, source, to)
+    else:
+        own = model if is_ours else from_transformers(model)
+        converted, result = _native(own, source, config)
+        write_export(converted, load_tokenizer(tokenizer_beside(source, config.tokenizer)), to)
+        result = result if is_ours else replace(result, source=model.config.model_type)
+    (to / REPORT).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple[ReMoEForCausalLM, Conversion]:
+    vocab_size = own.config.vocab_size
+    assert vocab_size is not None, "a model that exists knows its vocabulary"
+    tokenizer_beside(source, config.tokenizer)
+    if own.config.num_moe_layers:
+        return swap_native_gates(own, _text(source, config, vocab_size))
+    converted = upcycle(own, config.upcycling)
+    agreement = None
+    if config.data is not None:
+        batches = _text(source, config, vocab_size).batches
+        agreement = measure_agreement(_logits(own), _logits(converted), batches)
+    moe = converted.config.moe
+    return converted, Conversion(source="native", target="native", agreement=agreement, top_k=moe.routed_top_k)
+
+
+def _to_topk(model: Any, source: Path, to: Path) -> Conversion:
+    if not isinstance(model, ReMoEForCausalLM):
+        raise ConfigError(f"{source} is a {model.config.model_type}, must be a native model to become Top-K again")
+    other = to_transformers(model)
+    save_converted(other, source, to)
+    return Conversion(source="native", target=other.config.model_type, agreement=None)
+
+
+def _text(source: Path, config: ConvertConfig, vocab_size: int) -> ConversionText:
+    run = run_of(source)
+    if config.data is not None:
+        data = text_beside(source, config.data, config.sequence_length)
+        data = replace(data, tokenizer=tokenizer_beside(source, config.tokenizer))
+    elif run is not None:
+        data = run.config.data
+    else:
+        raise ConfigError(f"{source} knows no text; give one to fit gates on with --data")
+    return read_text(data, config.sizes, vocab_size)
+
+
+def _logits(model: ReMoEForCausalLM) -> Any:
+    return lambda tokens_BS: model(tokens_BS).logits
