@@ -75,6 +75,18 @@ def test_gathered_at_once_are_the_root_and_the_two_largest_units():
     assert kept.gathered == root + 2 * (2 * 1536 + 384 + 3 * 192) + (2 + 4) * 1536
 
 
+def test_rows_on_their_way_stay_within_the_budget():
+    """4 ranks, half of 4 experts open at the start: 2 rows a token, 4 times 8 numbers of 2 bytes, 2 x 4 tokens."""
+
+    def at_start(budget: float) -> int:
+        parallel = dataclasses.replace(layout(4, expert=4), expert_rows=budget)
+        alone = gpu_memory(job(), layout(1)).activations_at_start
+        return gpu_memory(job(), parallel).activations_at_start - alone
+
+    assert at_start(2.0) == 8 * 2 * 4 * 8 * 2
+    assert at_start(1.5) == 8 * 1.5 * 4 * 8 * 2
+
+
 @pytest.mark.parametrize(
     ("active", "ranks", "rows"), [(1, 2, 1.0), (4, 2, 2.0), (2, 2, 5 / 3), (2, 4, 2.0), (0, 2, 0.0)]
 )

@@ -68,8 +68,9 @@ def _units(job: Job, parallel: ParallelConfig, parts: Parts) -> list[int]:
 
 
 def _exchanged(job: Job, parallel: ParallelConfig, active_experts: float) -> int:
-    """Rows of one layer on their way: sent and received, there and back, in one layer at a time."""
+    """Rows of one layer on their way: sent and received, there and back, one layer at a time, within the budget."""
     if parallel.expert == 1 or job.model.num_moe_layers == 0:
         return 0
-    rows = rows_sent(job, parallel, active_experts) * job.workload(parallel).num_tokens
+    budget = parallel.expert_rows * job.model.moe.routed_top_k
+    rows = min(budget, rows_sent(job, parallel, active_experts)) * job.workload(parallel).num_tokens
     return round(4 * rows * job.compute_bytes * job.model.hidden_size)
