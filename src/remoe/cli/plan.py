@@ -27,8 +27,9 @@ def plan_command(config: Config, overrides: Overrides = None, gpus: GPUs = None,
     from remoe.model.recompute import recomputation
     from remoe.model.size import Workload, plan
     from remoe.recipes import read_config
+    from remoe.training.init_from import with_origin
 
-    run = read_config(config, overrides or ())
+    run = with_origin(read_config(config, overrides or ()), None)
     run = dataclasses.replace(run, model=_model(run))
     workload = Workload(
         sequence_length=run.data.sequence_length,

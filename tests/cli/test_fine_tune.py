@@ -1,5 +1,6 @@
-"""`remoe generate --chat`: the prompt becomes a user's turn."""
+"""Fine-tuning on the command line: the plan of a run that starts from another, and answers through its template."""
 
+import json
 import shutil
 
 from remoe.data.chat import ChatTemplate, save_template
@@ -20,3 +21,10 @@ def test_chat_needs_a_run_that_was_fine_tuned(remoe, run_folder):
     outcome = remoe("generate", run_folder, "--chat", "--prompt", "who?")
     assert outcome.code == 2
     assert "has no chat template, must be fine-tuned on conversations" in outcome.err
+
+
+def test_the_plan_of_a_fine_tuning_run_is_that_of_the_model_it_starts_from(remoe, run_folder):
+    origin = json.loads(remoe("plan", run_folder / "config.yaml", "--json").out)
+    tuned = json.loads(remoe("plan", "rmoe-alpaca", "--set", f"train.init_from={run_folder}", "--json").out)
+    assert tuned["parameters"] == origin["parameters"]
+    assert tuned["workload"]["sequence_length"] == 512
