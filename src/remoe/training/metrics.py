@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remoe.errors import CheckpointError, TrainingError
+from remoe.errors import CheckpointError, NoRoomError
 
 Metrics = dict[str, Any]
 LATE_SHARE = 0.25
@@ -22,13 +22,13 @@ class MetricsFile:
         self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line: a killed process loses at most the line it was writing. TrainingError on a full disk."""
+        """Append one line: a killed process loses at most the line it was writing. NoRoomError on a full disk."""
         rest = memoryview(json.dumps(finite(metrics), allow_nan=False).encode() + b"\n")
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise TrainingError(
+            raise NoRoomError(
                 f"{self.path} could not be written: {error.strerror}; make room and go on with --resume"
             ) from error
 
