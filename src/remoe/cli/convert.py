@@ -30,21 +30,29 @@ def convert_command(
     num_experts: Annotated[int, Option(help="dense: copies that each MLP becomes", min=1)] = 8,
     top_k: Annotated[int, Option(help="dense: copies a token shall use after training", min=1)] = 1,
     granularity: Annotated[int, Option(help="dense: slices that each copy is split in", min=1)] = 1,
+    source_format: Annotated[str, Option("--from", help="auto, or megatron: a checkpoint of ReMoE's code")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Give a Top-K or dense model ReLU routing.
 
     Top-K gates are swapped for ReLU gates that use as many experts on average; a dense MLP becomes experts that are all
-    on at first. Train on to recover what is lost: `remoe train ... --set train.init_from=DIR`.
+    on at first. Train on to recover what is lost: `remoe train ... --set train.init_from=DIR`. With --from megatron the
+    model stays what it is, and becomes one that all commands take.
     """
     import json
 
+    from remoe.cli.megatron import convert_from_megatron
+    from remoe.config import check_choice
     from remoe.convert.checkpoint import ConvertConfig, convert
     from remoe.convert.own import Upcycling
     from remoe.convert.text import TextSizes
     from remoe.eval.density import check_folder
 
+    check_choice("--from", source_format, ("auto", "megatron"))
     check_folder(to)
+    if source_format == "megatron":
+        print(convert_from_megatron(source, to, tokenizer))
+        return
     config = ConvertConfig(
         router=router, data=data, tokenizer=tokenizer, sequence_length=sequence_length,
         sizes=TextSizes(calibration_sequences, sequences),

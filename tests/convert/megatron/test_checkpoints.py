@@ -98,17 +98,24 @@ def test_the_written_folder_loads_like_any_other(tmp_path: Path):
     torch.testing.assert_close(loaded(tokens_BS).logits, model.eval()(tokens_BS).logits)
 
 
+def command_line(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "remoe", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_its_export_is_the_same_model_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_line_takes_it_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = small_model(vocab_size=320)  # padded, as Megatron pads: the tokenizer has 257 ids
-    convert_megatron(saved(tmp_path / "megatron", model), tmp_path / "remoe", tokenizer="bytes")
-    export = ["-m", "remoe", "export", str(tmp_path / "remoe"), "--to", str(tmp_path / "export")]
-    finished = subprocess.run([sys.executable, *export], capture_output=True, text=True, timeout=240, check=False)
+    folder, own, export = saved(tmp_path / "megatron", model), tmp_path / "remoe", tmp_path / "export"
+    converted = command_line("convert", folder, "--from", "megatron", "--to", own, "--tokenizer", "bytes")
+    assert converted.returncode == 0, converted.stderr
+    assert "iteration 5, 4 layers, router relu, 4 experts of which 1 a token" in " ".join(converted.stdout.split())
+    finished = command_line("export", own, "--to", export)
     assert finished.returncode == 0, finished.stderr
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     tokens_BS = torch.arange(16).view(2, 8)
     torch.testing.assert_close(theirs(tokens_BS).logits, model.eval()(tokens_BS).logits, rtol=1e-4, atol=1e-5)
 
