@@ -16,7 +16,7 @@ from remoe.recipes import names
 from remoe.training.config import TrainConfig
 from tests.docs.conftest import DOCS
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.xdist_group("site")]  # built once
 
 
 @pytest.fixture(scope="module", name="site")

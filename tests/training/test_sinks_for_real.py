@@ -14,7 +14,7 @@ from remoe.training.metrics import read_metrics
 from remoe.training.sinks import numbers
 from tests.recipes.conftest import TINY
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900), pytest.mark.xdist_group("sinks")]  # trained once
 NAME, STEPS, RESUMED = "tiny", 2, 4
 
 Lines = dict[int, dict[str, float]]
