@@ -25,13 +25,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rows = [compared(row, is_fitted=not row.at_start) for row in measured_models(options.results)]
+    rows = [compared(row, is_fitted=row.is_for_fit) for row in measured_models(options.results)]
     rows += [compared(row, is_fitted=False) for row in measured_layouts(options.results)]
     foretold = [row for row in rows if not row["fitted"]]
     print(text(rows) if rows else f"no measured step under {options.results}")
-    far = [
-        row for row in rows if row["same_gpu"] and max(abs(row["speed_error"] or 0), abs(row["memory_error"])) > LIMIT
-    ]
+    far = [row for row in rows if row["same_gpu"] and max(abs(row["speed_error"]), abs(row["memory_error"])) > LIMIT]
     print(f"{len(rows)} measured steps, {len(foretold)} of layouts that no constant is fitted to")
     print(f"{len(far)} further off than {LIMIT:.0%}; rows of other cards than the {machine().name} do not count")
     if options.output is not None:
@@ -40,14 +38,15 @@ def main() -> int:
 
 
 def is_far(row: dict[str, Any]) -> bool:
-    return max(abs(row["speed_error"] or 0), abs(row["memory_error"])) > LIMIT
+    return max(abs(row["speed_error"]), abs(row["memory_error"])) > LIMIT
 
 
 def compared(row: Measured, is_fitted: bool) -> dict[str, Any]:
     """Predicted and measured; errors relative to what was measured."""
     predicted = row.predicted()
     memory = predicted.memory.total_at_start if row.at_start else predicted.memory.total
-    speed = None if row.at_start else predicted.tokens_per_second
+    seconds = predicted.start_step_seconds if row.at_start else predicted.step_seconds
+    speed = row.job.tokens / seconds.total
     return {
         "source": row.source,
         "what": row.what,
@@ -56,7 +55,7 @@ def compared(row: Measured, is_fitted: bool) -> dict[str, Any]:
         "fitted": is_fitted,
         "predicted_tokens_per_second": speed,
         "tokens_per_second": row.tokens_per_second,
-        "speed_error": None if speed is None else speed / row.tokens_per_second - 1,
+        "speed_error": speed / row.tokens_per_second - 1,
         "predicted_peak_bytes": memory,
         "peak_bytes": row.peak_bytes,
         "memory_error": memory / row.peak_bytes - 1,
@@ -75,8 +74,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["source"],
         row["what"] + (" (fitted)" if row["fitted"] else ""),
         row["gpu"],
-        *("not predicted" if speed is None else f"{speed:,.0f}" for speed in speeds),
-        "" if row["speed_error"] is None else f"{row['speed_error']:+.0%}",
+        *(f"{speed:,.0f}" for speed in speeds),
+        f"{row['speed_error']:+.0%}",
         *(f"{size / 2**30:.1f}" for size in sizes),
         f"{row['memory_error']:+.0%}",
     )

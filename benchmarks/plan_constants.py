@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remoe.distributed.planning import estimate
 from remoe.distributed.planning.machine import machine_of
+from remoe.distributed.planning.step_time import step_time
 from remoe.recipes.measured import measured_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,26 +60,28 @@ def constants(layer: dict[str, Any]) -> dict[str, Any]:
     entries["memory"] = entry(memory, "bytes", "what torch reports of this card", "assumed: ")
     entries |= {key: entry(*value, "assumed: ") for key, value in ASSUMED.items()}
     values = {"name": layer["gpus"][0], "constants": entries}
-    entries["block_passes"] = entry(*block_passes(values), f"{MODELS}: ")
+    for key, is_compiled in (("block_passes", True), ("eager_block_passes", False)):
+        entries[key] = entry(*block_passes(values, key, is_compiled), f"{MODELS}: ")
     return values
 
 
-def block_passes(values: dict[str, Any]) -> tuple[float, str, str]:
+def block_passes(values: dict[str, Any], key: str, is_compiled: bool) -> tuple[float, str, str]:
     """Passes over the hidden states in a block's attention, norms and residuals: what measured models take beyond the
     products and the other passes; the mean over models.
     """
-    nothing = entry(0, "", "", "")
-    gpus = machine_of({"name": values["name"], "constants": {**values["constants"], "block_passes": nothing}})
+    nothing = {name: entry(0, "", "", "") for name in ("block_passes", "eager_block_passes")}
+    gpus = machine_of({"name": values["name"], "constants": {**values["constants"], **nothing}})
     found = []
     for row in measured_models(ROOT / "results"):
-        if row.gpu == gpus.name and not row.at_start:
+        if row.gpu == gpus.name and row.is_for_fit and row.job.is_compiled == is_compiled:
             job = row.job
-            rest = job.tokens / row.tokens_per_second - estimate(job, row.parallel, gpus).step_seconds.total
+            seconds = step_time(job, row.parallel, gpus, at_start=row.at_start).total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
-            found.append(rest * gpus["memory_rate"] / a_pass)
+            found.append((job.tokens / row.tokens_per_second - seconds) * gpus["memory_rate"] / a_pass)
     if not found:
-        raise SystemExit(f"no {MODELS} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
-    what = "what steady step_ms of our candidates leave beyond the other terms"
+        raise SystemExit(f"no {MODELS} for {key} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
+    kind = "steady compiled" if is_compiled else "eager"
+    what = f"what step_ms of our {kind} candidates leaves beyond the other terms"
     return statistics.mean(found), "passes over a layer's hidden states", what
 
 

@@ -28,7 +28,12 @@ class Measured(NamedTuple):
     tokens_per_second: float
     peak_bytes: int
     at_start: bool
-    """With half of all gates open, where it is ReLU routing: plans predict only the memory of that."""
+    """With half of all gates open, where it is ReLU routing."""
+
+    @property
+    def is_for_fit(self) -> bool:
+        """Whether the passes of a block are fitted to it: steps on one GPU, but not compiled ones at the start."""
+        return self.parallel.shared_by == 1 and not (self.at_start and self.job.is_compiled)
 
     def predicted(self) -> Estimate:
         """What the formulas say of it."""
@@ -40,10 +45,11 @@ def measured_models(folder: Path) -> list[Measured]:
     found = []
     for path in sorted(folder.glob("gpu/model*.json")):
         content = json.loads(path.read_text())
-        overrides = _after(content["command"], "--set")
+        is_compiled = "--no-compile" not in content["command"]
+        overrides = [*_after(content["command"], "--set"), f"train.compile={is_compiled}"]
         for row in content["rows"]:
             if row.get("kind") == "ours":
-                changes = [*overrides, f"model.router={row['candidate']}", "train.compile=true"]
+                changes = [*overrides, f"model.router={row['candidate']}"]
                 job = _job(row["model"], changes, row["micro_batch"], row["accumulation"])
                 found.append(_measured(path, content["gpus"][0], row, job, None))
     return found

@@ -24,6 +24,8 @@ class Estimate:
     traffic: Traffic
     """Of a micro-batch."""
     step_seconds: StepTime
+    start_step_seconds: StepTime
+    """Of the first steps, when ReLU routing has half of all gates open."""
     tokens_per_second: float
     """Over all GPUs."""
     fits: bool
@@ -39,6 +41,7 @@ def estimate(job: Job, parallel: ParallelConfig, gpus: Machine) -> Estimate:
         memory=memory,
         traffic=traffic(job, parallel),
         step_seconds=seconds,
+        start_step_seconds=step_time(job, parallel, gpus, at_start=True),
         tokens_per_second=job.tokens / seconds.total,
         fits=max(memory.total, memory.total_at_start) <= gpus["memory"] - gpus["memory_set_aside"],
     )

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.planning.job import Job, Parts
 from remoe.distributed.planning.machine import Machine
-from remoe.distributed.planning.traffic import traffic, unit_traffic
+from remoe.distributed.planning.traffic import Traffic, traffic, unit_traffic
+from remoe.moe.experts import row_cap
 
 OPTIMIZER_BYTES = 36
 """A parameter's step of AdamW in fp32: weight, gradient and two moments read, three written, the gradient's norm read
 and its memory cleared."""
+IN_CHUNKS = 11 / 9
+"""Rows above the cap are worked off in chunks, whose first products (2 of 9 in all) the backward pass makes again."""
 TRAINED = 3
 """A product's forward pass and its two gradients."""
 
@@ -32,12 +35,12 @@ class StepTime:
     total: float
 
 
-def step_time(job: Job, parallel: ParallelConfig, gpus: Machine) -> StepTime:
-    """Of a layout in the steady state, with top_k experts a token."""
+def step_time(job: Job, parallel: ParallelConfig, gpus: Machine, *, at_start: bool = False) -> StepTime:
+    """Of a layout in the steady state, with top_k experts a token, or at the start."""
     micro_batches = job.batch_size // parallel.data_ranks // job.micro_batch(parallel)
     num_ranks = parallel.data_replicate * parallel.shared_by
-    compute = _compute_seconds(job, parallel, gpus)
-    exchanges = _exchange_seconds(job, parallel, gpus)
+    compute = _compute_seconds(job, parallel, gpus, job.active_experts()[at_start])
+    exchanges = _exchange_seconds(traffic(job, parallel, at_start=at_start), job, parallel, gpus)
     gathers = max(0.0, _gather_seconds(job, parallel, gpus) - compute)
     shard = Parts.of(job.model).total / (parallel.shared_by if num_ranks > 1 else 1)
     optimizer = OPTIMIZER_BYTES * shard / gpus["memory_rate"]
@@ -64,11 +67,11 @@ def layer_seconds(tokens: float, sizes: tuple[int, int, int, float], gpus: Machi
     return products / gpus["expert_products"] + (rows + weights) / gpus["memory_rate"]
 
 
-def _compute_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
+def _compute_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int) -> float:
     """One micro-batch."""
     model = job.model
     tokens, layers, moe_layers = job.workload(parallel).num_tokens, model.num_layers, model.num_moe_layers
-    attention, sparse = _attention_seconds(job, tokens, gpus), _moe_seconds(job, parallel, tokens, gpus)
+    attention, sparse = _attention_seconds(job, tokens, gpus), _moe_seconds(job, parallel, gpus, active)
     dense = layer_seconds(tokens, (model.hidden_size, model.intermediate_size, 1, 1), gpus, job.compute_bytes)
     again = {"full": (4 / 3, 4 / 3), "selective": (4 / 3, 1.0)}.get(job.activation_checkpointing, (1.0, 1.0))
     attention, sparse, dense = attention * again[0], sparse * again[1], dense * again[0]
@@ -91,22 +94,26 @@ def _attention_seconds(job: Job, tokens: float, gpus: Machine) -> float:
     model = job.model
     projections = TRAINED * 2 * tokens * Parts.of(model).attention
     scores = 3.5 * 2 * tokens * job.sequence_length * model.head_width * model.num_heads
-    elementwise = gpus["block_passes"] * tokens * model.hidden_size * job.compute_bytes
+    passes = gpus["block_passes" if job.is_compiled else "eager_block_passes"]
+    elementwise = passes * tokens * model.hidden_size * job.compute_bytes
     return projections / gpus["products"] + scores / gpus["attention_products"] + elementwise / gpus["memory_rate"]
 
 
-def _moe_seconds(job: Job, parallel: ParallelConfig, tokens: float, gpus: Machine) -> float:
-    moe = job.model.moe
+def _moe_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int) -> float:
+    moe, workload = job.model.moe, job.workload(parallel)
     if job.model.num_moe_layers == 0:
         return 0.0
+    tokens = workload.num_tokens
+    sizes = (moe.hidden_size, moe.expert_size, moe.routed_experts // parallel.expert, active)
+    experts = layer_seconds(tokens, sizes, gpus, job.compute_bytes)
+    if active * tokens > row_cap(moe.kept_rows_per_token, tokens):
+        experts *= IN_CHUNKS
     busiest = gpus["expert_imbalance"] if parallel.expert > 1 else 1.0
-    sizes = (moe.hidden_size, moe.expert_size, moe.routed_experts // parallel.expert, moe.routed_top_k)
     router = TRAINED * 2 * tokens * moe.hidden_size * moe.routed_experts / gpus["fp32_products"]
-    return busiest * layer_seconds(tokens, sizes, gpus, job.compute_bytes) + router
+    return busiest * experts + router
 
 
-def _exchange_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
-    sent = traffic(job, parallel)
+def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
     seconds = gpus.exchange_seconds(sent.all_to_all, parallel.expert)
     if parallel.expert > 1:
         seconds += job.model.num_moe_layers * gpus["exchange_wait"]

@@ -21,10 +21,10 @@ class Traffic:
     """Tokens or heads exchanged around attention (`parallel.tensor`, `parallel.context`)."""
 
 
-def traffic(job: Job, parallel: ParallelConfig) -> Traffic:
-    """Of one rank in the steady state, with top_k experts a token."""
+def traffic(job: Job, parallel: ParallelConfig, *, at_start: bool = False) -> Traffic:
+    """Of one rank in the steady state, with top_k experts a token, or at the start."""
     return Traffic(
-        all_to_all=_all_to_all(job, parallel),
+        all_to_all=_all_to_all(job, parallel, job.active_experts()[at_start]),
         gathers=sum(unit_traffic(job, parallel).values()),
         replicas=_replicas(job, parallel),
         sequence=_sequence(job, parallel),
@@ -51,17 +51,18 @@ def _passed_on(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _all_to_all(job: Job, parallel: ParallelConfig) -> float:
+def _all_to_all(job: Job, parallel: ParallelConfig, active_experts: int) -> float:
     """A token's hidden state to each rank of its experts, their sum back, and both gradients; with gates and map."""
     if parallel.expert == 1:
         return 0.0
     model, tokens = job.model, job.workload(parallel).num_tokens
     own_experts = model.moe.routed_experts // parallel.expert
     a_row = 4 * job.compute_bytes * model.hidden_size + own_experts * (1 + 2 * 4)
-    if job.activation_checkpointing == "full":
+    rows_of_token = rows_sent(job, parallel, active_experts)
+    in_parts = rows_of_token > parallel.expert_rows * model.moe.routed_top_k
+    if job.activation_checkpointing == "full" or in_parts:
         a_row += 2 * job.compute_bytes * model.hidden_size  # both ways again
-    rows = tokens * rows_sent(job, parallel, model.moe.routed_top_k)
-    return model.num_moe_layers * rows * a_row * _passed_on(parallel.expert)
+    return model.num_moe_layers * tokens * rows_of_token * a_row * _passed_on(parallel.expert)
 
 
 def _replicas(job: Job, parallel: ParallelConfig) -> float:
