@@ -1,6 +1,7 @@
 """Megatron checkpoints of every layout become the model that they were made from, and nothing in them is run."""
 
 import contextlib
+import io
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 import remoe
 from remoe.convert.megatron import convert_megatron, from_megatron
+from remoe.convert.megatron.inert import MetadataUnpickler, StandIn
 from remoe.errors import CheckpointError, ConfigError
 from tests.convert.megatron.checkpoints import (
     ONE_RANK,
@@ -167,6 +169,22 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, place: str, attack: typ
     assert not proof.exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
+        ("torch.distributed.checkpoint.filesystem", "Path"),
+        ("torch.distributed.checkpoint.metadata", "Metadata.__init__"),
+    ],
+)
+def test_an_index_gets_no_more_than_records(module: str, name: str):
+    found = MetadataUnpickler(io.BytesIO()).find_class(module, name)
+    assert issubclass(found, StandIn)
+
+
 def test_a_tensor_that_has_no_place_is_an_error(tmp_path: Path):
     model = small_model()
     ranks = split(as_megatron(model), Sizes(), 4)
@@ -245,6 +263,7 @@ def test_a_damaged_data_file_is_an_error(tmp_path: Path):
         from_megatron(folder)
 
 
+@pytest.mark.slow
 def test_reading_needs_no_megatron(tmp_path: Path):
     folder = saved(tmp_path, small_model())
     code = (

@@ -1,5 +1,7 @@
 """Reads pickled files without running anything in them: whatever is not a tensor or plain data becomes a stand-in."""
 
+import dataclasses
+import enum
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,10 +38,11 @@ class MetadataUnpickler(pickle.Unpickler):
     """Of the index of a torch.distributed.checkpoint, which has classes of that package and torch's dtypes only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class where it is one of those, else a stand-in: nothing else is ever imported or called."""
+        """The class where it is a record of those modules' own, else a stand-in: nothing else is imported or called."""
         for known in (metadata, filesystem):
-            if module == known.__name__ and isinstance(getattr(known, name, None), type):
-                return getattr(known, name)
+            record = getattr(known, name, None) if module == known.__name__ else None
+            if isinstance(record, type) and record.__module__ == module and _is_record(record):
+                return record
         value = getattr(torch, name, None) if module == "torch" else None
         if value is torch.Size or isinstance(value, (torch.dtype, torch.layout)):
             return value
@@ -55,6 +58,10 @@ def load_metadata(file: BinaryIO, path: Path) -> metadata.Metadata:
     if not isinstance(found, metadata.Metadata):
         raise CheckpointError(f"{path} is not the index of a torch.distributed.checkpoint")
     return found
+
+
+def _is_record(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls) or issubclass(cls, enum.Enum)
 
 
 def _stand_in(name: str) -> type[StandIn]:
