@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -194,21 +194,47 @@ def pipelined_steps() -> dict[str, Any]:
     return steps(case for case in all_cases() if "pipeline" in case[1])
 
 
-def steps(cases: Iterable[Case]) -> dict[str, Any]:
-    """One step from each stage for each case, in two micro-batches."""
+def steps(cases: Iterable[Case], **loop_changes: Any) -> dict[str, Any]:
+    """One step from each stage for each case, in two micro-batches. `loop_changes` are those of the processes' loop."""
     found = {}
     for router, name, is_recomputed in cases:
         parallel = layouts()[name]
         loop = {"activation_checkpointing": is_recomputed}
         one = config(router, train=loop | {"micro_batch_size": ROWS // 2})
         own = ROWS // 2 // resolve_parallel(from_dict(ParallelConfig, parallel), world_size()).data_ranks
-        many = config(router, train=loop | {"micro_batch_size": own}, parallel=parallel)
+        many = config(router, train=loop | {"micro_batch_size": own} | loop_changes, parallel=parallel)
         expected, ours = alone(one), together(many)
         for stage, state in states(router).items():
             put(expected, state)
             put(ours, state)
             key = f"{router}, {name}{', recomputed' if is_recomputed else ''}, {stage}"
             found[key] = compare(ours, expected, STAGES[stage] + 1)
+    return found
+
+
+COMPILED = (
+    ("relu", "shards"),
+    ("recurrent_relu", "shards"),
+    ("relu", "experts"),
+    ("relu", "tensor"),
+    ("relu", "pipeline"),
+)
+
+
+def compiled_steps() -> dict[str, Any]:
+    """The same with compiled parts, in some layouts, and how many graphs those are. No code is generated."""
+    original, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
+    found = {}
+    try:
+        for router, name in COMPILED:
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            found[f"{router}, {name}"] = {
+                "steps": steps([(router, name, True)], compile=True),
+                "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            }
+    finally:
+        torch.compile = original
     return found
 
 
@@ -287,6 +313,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "some_steps": some_steps,
     "all_steps": all_steps,
     "pipelined_steps": pipelined_steps,
+    "compiled_steps": compiled_steps,
     "averaged": averaged,
     "runs": runs,
     "coefficients": coefficients,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases_numbers import ROUTERS, STAGES, TOLERANCE
+from tests.distributed.cases_numbers import COMPILED, ROUTERS, STAGES, TOLERANCE
 
 pytestmark = pytest.mark.xdist_group("distributed")
 ROUNDING = 4
@@ -87,3 +87,19 @@ def test_every_router_in_every_layout_of_two_and_four_processes_has_the_numbers_
 def test_every_router_in_pipelines_of_two_and_four_processes_has_the_numbers_of_one(results_of: Callable[..., Any]):
     check(results_of(2, "pipelined_steps")["pipelined_steps"], num_cases=3 * 1 * 2)
     check(results_of(4, "pipelined_steps", timeout=200)["pipelined_steps"], num_cases=3 * 5 * 2)
+
+
+@pytest.mark.slow
+def test_compiled_parts_have_the_same_numbers_and_layers_share_their_graphs(results_of: Callable[..., Any]):
+    everyone = results_of(2, "compiled_steps", timeout=200)["compiled_steps"]
+    for found in everyone:
+        check([{case: step for layout in found.values() for case, step in layout["steps"].items()}], len(COMPILED))
+    graphs = {layout: found["graphs"] for layout, found in everyone[0].items()}
+    attention, router, first_recurrent_router = 1, 1, 1
+    assert graphs == {
+        "relu, shards": attention + router,
+        "recurrent_relu, shards": attention + router + first_recurrent_router,
+        "relu, experts": attention + router,
+        "relu, tensor": router,
+        "relu, pipeline": attention + router,
+    }

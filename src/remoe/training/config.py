@@ -101,7 +101,9 @@ class LoopConfig:
     micro_batch_size: int | None = setting(None, "sequences a forward pass on one rank; null: its share of batch_size")
     precision: str = setting("fp32", "fp32, or bf16: products in bf16, weights, their gradients and all else in fp32")
     device: str = setting("auto", "auto, cpu, cuda, or cuda:N")
-    compile: bool = setting(False, "torch.compile model and losses, as one graph")
+    compile: bool = setting(
+        False, "torch.compile model and losses as one graph; in several processes attention, routers and dense MLPs"
+    )
     cuda_graphs: bool = setting(False, "run each micro-batch as one CUDA graph; needs a GPU and rows auto or capacity")
     deterministic: bool = setting(
         False, "the same bits each run on the same devices, threads and layout, or an error; slower on a GPU"

@@ -45,9 +45,8 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
     check_layers(parallel, config.model.num_layers)
     own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size, parallel.pipeline)
     check_sequence(parallel, config.model, config.data.sequence_length)
-    for key in ("compile", "cuda_graphs"):
-        if world_size > 1 and getattr(loop, key):
-            raise ConfigError(f"train.{key} is true, must be false with more than one process for now")
+    if world_size > 1 and loop.cuda_graphs:
+        raise ConfigError("train.cuda_graphs is true, must be false with more than one process for now")
     return parallel
 
 

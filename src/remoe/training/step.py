@@ -5,7 +5,7 @@ weights, optimizer, coefficient and the routers' own running state stay as they 
 more rows than its capacity, with all steps after it, until the caller has them run again (see `ahead`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from remoe.distributed.ranks import Ranks
 from remoe.moe import MoE, SparsityController
 from remoe.training import router_hooks
 from remoe.training.capacity import row_capacities
+from remoe.training.compiled import compile_parts, compiled
 from remoe.training.config import TrainConfig
 from remoe.training.counts import RoutingCounts
 from remoe.training.graphs import GraphedPass, Pass, check_capturable
@@ -81,7 +82,9 @@ class Stepper:
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
         loss = self._build_loss()
-        self.loss = compiled(loss) if loop.compile else loss
+        self.loss = compiled(loss) if loop.compile and self.ranks.size == 1 else loss
+        if loop.compile and self.ranks.size > 1:
+            compile_parts(self.model)
         self.pipelined = self._pipelined(loss, pipeline) if pipeline else None
         if loop.cuda_graphs:
             check_capturable(self.device, self.layers)
@@ -229,12 +232,6 @@ class Stepper:
 def moe_layers(model: nn.Module) -> list[MoE]:
     """The model's MoE layers, in order."""
     return [module for module in model.modules() if isinstance(module, MoE)]
-
-
-def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:
-    """Model and losses as one graph; each set of row capacities is one more, and torch would stop at its eighth."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(loss.__call__, fullgraph=True, dynamic=False)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,42 @@
+"""What torch.compile makes of a step: one graph in one process; with several, the parts that exchange nothing.
+
+FSDP gathers a unit's parameters around its forward pass, and an exchange waits for counts: graphs end there. Layers
+share graphs, as their parameters are inputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from remoe.data import Batch
+from remoe.model.sequence import WHOLE
+from remoe.moe import MoE
+from remoe.training.micro_batch import Measured, MicroBatchLoss, Weighing
+
+MOST_GRAPHS = 64
+"""Of one function: each set of row capacities or shape of a batch is one more, and torch would stop at its eighth."""
+
+
+def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:
+    """Model and losses as one graph."""
+    return _compiled(loss.__call__)
+
+
+def compile_parts(model: Any) -> None:
+    """Let attention, routers and dense MLPs run as a graph each, in place; after FSDP has taken them."""
+    for layer in model.model.present_layers():
+        if getattr(layer.self_attn, "sequence", WHOLE) is WHOLE:
+            _compile_forward(layer.self_attn)
+        _compile_forward(layer.mlp.router if isinstance(layer.mlp, MoE) else layer.mlp)
+
+
+def _compile_forward(module: nn.Module) -> None:
+    """Only the function: hooks around it stay as they are."""
+    module.forward = _compiled(module.forward)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True, dynamic=False)
