@@ -42,7 +42,7 @@ class StageRanks(DataRanks):
             self.shared.append(Holders(parameters, self._stage.group))
         if model.config.tie_embeddings:
             group = self._ends()
-            if model.model.embed_tokens is not None:
+            if model.model.embed_tokens is not None and model.model.embed_tokens.weight.requires_grad:
                 self.shared.append(Holders([model.model.embed_tokens.weight], group))
 
     def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:

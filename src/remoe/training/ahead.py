@@ -83,7 +83,7 @@ def row_policy(stepper: Stepper) -> RowCapacity | None:
     """The choice of row capacities that `train.rows` asks for; None: exact."""
     rows = stepper.config.train.rows
     is_exact = rows == "exact" or (rows == "auto" and stepper.device.type != "cuda")
-    if is_exact or not stepper.layers:
+    if is_exact or stepper.config.model.num_moe_layers == 0:  # a stage without experts goes the way of the others
         return None
     tokens = stepper.micro_batch * stepper.config.data.sequence_length
     return RowCapacity(tokens * stepper.config.model.moe.routed_experts)
