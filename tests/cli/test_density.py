@@ -46,6 +46,14 @@ def test_generate_takes_one_number_for_all_layers(remoe, own_run):
     assert "model.thresholds is nan, must be finite" in outcome.err
 
 
+def test_eval_takes_one_number_for_all_layers(remoe, own_run):
+    asked = ("eval", own_run, "--sequences", 2, "--json")
+    scores = [json.loads(remoe(*asked, *more).out) for more in ((), ("--threshold", 0), ("--threshold", 99))]
+    assert scores[0] == scores[1]
+    assert scores[2]["active_experts"] == 0
+    assert scores[2]["total"]["loss"] != scores[0]["total"]["loss"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,6 +112,28 @@ def test_the_loss_carries_the_l1_term_by_hand(build_family, text):
     assert all(gate.weight.grad.abs().sum() > 0 and gate.bias.grad.abs().sum() > 0 for gate in converted.gates)
 
 
+def test_trainer_trains_on_and_the_callback_steers(build_family, text, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from remoe.hf.sparsity import SparsityCallback
+
+    converted, _ = swap_gates(build_family("olmoe"), text)
+    rows = [{"input_ids": row, "labels": row} for row in text.calibration.tokens_BS]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True,
+    )  # fmt: skip
+    callback = SparsityCallback(init=1e-2)
+    trainer = transformers.Trainer(converted, arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    coefs = [line["sparsity_coef"] for line in trainer.state.log_history if "sparsity_coef" in line]
+    sparsities = [line["sparsity"] for line in trainer.state.log_history if "sparsity" in line]
+    assert sparsities[0] == pytest.approx(1 - 2 / 8, abs=0.08)
+    assert len(set(coefs)) > 1
+    assert converted.config.sparsity_coef == pytest.approx(coefs[-1])
+    trainer.save_model(str(tmp_path / "on"))
+    assert (tmp_path / "on" / "modeling_relu_moe.py").is_file()
+
+
 def test_a_tensor_without_a_place_is_an_error(build_family):
     source = build_family("olmoe")
     source.register_parameter("left_over", torch.nn.Parameter(torch.zeros(2)))

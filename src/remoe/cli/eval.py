@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from remoe.cli.options import AsJson, RunPath, words
+from remoe.cli.options import THRESHOLD, AsJson, RunPath, words
 from remoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def eval_command(
     tasks: Annotated[str | None, Option(help=TASKS)] = None,
     num_fewshot: Annotated[int | None, Option(help="examples to show; by default the task's", min=0)] = None,
     limit: Annotated[int | None, Option(help="documents of each task; by default all", min=1)] = None,
+    threshold: Annotated[float | None, Option(help=THRESHOLD)] = None,
     output: Annotated[Path | None, Option(help="a file for the harness's own JSON")] = None,
     batch_size: Annotated[int, Option(help="sequences of one forward pass", min=1)] = 16,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N")] = "auto",
@@ -39,13 +40,15 @@ def eval_command(
     if tasks is None:
         _refuse("needs --tasks", {"--num-fewshot": num_fewshot, "--limit": limit, "--output": output})
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
-            scores = _text_scores(path, data, sequences, sequence_length, batch_size, device)
+            text = None if data is None else _held_out(path, data, sequence_length)
+            options = {"num_sequences": sequences, "batch_size": batch_size, "device": device, "threshold": threshold}
+            scores = _text_scores(path, text, options)
         print(json.dumps(scores.to_dict(), indent=1) if as_json else text_table(scores))
         return
     _refuse("is for text, must be left out with --tasks", {"--sequences": sequences})
     if output is not None and output.is_dir():
         raise ConfigError(f"--output is {output}, a folder, must be a file")
-    options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit}
+    options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit, "threshold": threshold}
     with contextlib.redirect_stdout(sys.stderr):
         results = _task_scores(path, words(tasks), data, options | {"batch_size": batch_size, "device": device})
     text = json.dumps(results, indent=2)
@@ -67,25 +70,16 @@ def _task_scores(path: Path, tasks: list[str], data: str | None, options: dict[s
     return evaluate_tasks(path, tasks, data, HarnessConfig(**options))
 
 
-def _text_scores(
-    path: Path, data: str | None, sequences: int | None, sequence_length: int | None, batch_size: int, device: str
-) -> Any:
+def _text_scores(path: Path, text: "DataConfig | None", options: dict[str, Any]) -> Any:
     from remoe.eval import evaluate_checkpoint
 
-    text = None if data is None else _held_out(path, data, sequence_length)
     try:
-        return evaluate_checkpoint(path, text, num_sequences=sequences, batch_size=batch_size, device=device)
+        return evaluate_checkpoint(path, text, **options)
     except DataError as error:
-        raise DataError(str(error).replace("data.validation", "--data")) if data else error from None
+        raise DataError(str(error).replace("data.validation", "--data")) if text else error from None
 
 
 def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig":
-    """The run's data settings with `data` as validation text; an export has its tokenizer with it."""
-    import dataclasses
+    from remoe.eval.held_out import text_beside
 
-    from remoe.data import DataConfig
-    from remoe.training.saved import run_of
-
-    run = run_of(path)
-    own = run.config.data if run else DataConfig(tokenizer=str(path))
-    return dataclasses.replace(own, validation=data, sequence_length=sequence_length or own.sequence_length)
+    return text_beside(path, data, sequence_length)

@@ -77,6 +77,28 @@ def open_gates(logits_TE: Tensor, threshold: float) -> Tensor:
     return (logits_TE - min(threshold, 0.0)).masked_fill(logits_TE <= threshold, 0)
 
 
+class ReLUMoEConfig(_Mixed):
+    """Mixed into a family's config, whose num_experts_per_tok then counts the columns that a gate returns: all E."""
+
+    is_relu_gated = True
+    target_experts_per_tok = 1
+    """The k that the source had, and training steers to."""
+    thresholds: Any = 0.0
+    """The density dial: one number, or one for each MoE layer."""
+    sparsity_coef: Any = 0.0
+    """Times the L1 term in `loss`, the mean over layers; remoe.hf.SparsityCallback adapts it."""
+
+    @property
+    def routed_top_k(self) -> int:
+        """As in remoe's own config."""
+        return self.target_experts_per_tok
+
+    @property
+    def routed_experts(self) -> int:
+        """As in remoe's own config."""
+        return self.num_experts_per_tok
+
+
 class ReLUMoE(_Mixed):
     """Mixed into a family's causal language model: its gates become ReLU gates, and its loss gets their L1 term."""
 
@@ -194,9 +216,7 @@ def __getattr__(name: str) -> Any:
     package = f"transformers.models.{model_type}"
     if name.endswith("Config"):
         source = getattr(importlib.import_module(f"{package}.configuration_{model_type}"), source_name)
-        defaults = {"target_experts_per_tok": 1, "thresholds": 0.0, "sparsity_coef": 0.0}
-        body = {"model_type": f"relu_{model_type}", **defaults}
-        made = type(name, (source,), {"__module__": __name__, **body})
+        made = type(name, (ReLUMoEConfig, source), {"__module__": __name__, "model_type": f"relu_{model_type}"})
     else:
         source = getattr(importlib.import_module(f"{package}.modeling_{model_type}"), source_name)
         config_class = globals().get(name.replace("ForCausalLM", "Config")) or __getattr__(

@@ -11,6 +11,7 @@ from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open
 from remoe.errors import ConfigError
 from remoe.eval.text_size import TextSize, sizes_by_domain
 from remoe.model import ReMoEForCausalLM
+from remoe.model.thresholds import set_thresholds
 from remoe.training.config import TrainConfig
 from remoe.training.loading import config_of, find_checkpoint, is_export, load, load_checkpoint
 from remoe.training.run import TOKENIZER
@@ -56,14 +57,18 @@ def evaluate_checkpoint(
     num_sequences: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    threshold: float | None = None,
 ) -> Evaluation:
     """Score a run, a checkpoint or an export on the validation part of its own data, or of `data`.
 
     `num_sequences` defaults to what the run's validations use; an export needs `data`. The text is tokenised with the
-    run's own tokenizer; of `data` with a validation text nothing else is read. Raises ConfigError, DataError or
+    run's own tokenizer; of `data` with a validation text nothing else is read. `threshold` is the density dial, for all
+    layers in place of the saved ones. Raises ConfigError, DataError or
     CheckpointError for what does not fit together.
     """
     opened = open_model_and_text(Path(path), data, device)
+    if threshold is not None:
+        set_thresholds(opened.model, threshold)
     batches = list(opened.sequences(num_sequences, batch_size))
     return summarise(opened.evaluate(batches), _text_sizes(batches, opened.corpus))
 

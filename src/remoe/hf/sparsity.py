@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from remoe.errors import ConfigError
-from remoe.hf.modeling_remoe import ReMoEConfig
 from remoe.moe import SparsityController
 
 FIRST_COEF = 1e-8
@@ -29,7 +28,7 @@ class SparsityTracker:
     ) -> None:
         self.model = _unwrapped(model)
         config = self.model.config
-        num_layers = sum(layer.is_sparse for layer in self.model.model.layers)
+        num_layers = _num_routed_layers(self.model)
         self.controller = SparsityController(
             config.routed_top_k,
             config.routed_experts,
@@ -140,9 +139,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    """The routed model inside wrappers, of our class or of an export's; ConfigError where it has no ReLU gates."""
+    """The routed model inside wrappers: ours, of an export, or converted. ConfigError where it has no ReLU gates."""
     found: Any = next((module for module in model.modules() if _is_ours(module)), None)
-    if found is None or not found.config.is_relu_gated or not any(layer.is_sparse for layer in found.model.layers):
+    if found is None or not found.config.is_relu_gated or not _num_routed_layers(found):
         router = "none" if found is None else repr(found.config.router_name)
         raise ConfigError(
             f"the router to steer is {router}, must be relu or recurrent_relu: only ReLU gates have a sparsity "
@@ -151,6 +150,10 @@ def _unwrapped(model: nn.Module) -> Any:
     return found
 
 
+def _num_routed_layers(model: Any) -> int:
+    """Layers with experts; a converted model lists its gates."""
+    return len(model.gates) if hasattr(model, "gates") else sum(layer.is_sparse for layer in model.model.layers)
+
+
 def _is_ours(module: Any) -> bool:
-    config = getattr(module, "config", None)
-    return getattr(config, "model_type", None) == ReMoEConfig.model_type and hasattr(module, "sparsity_coef")
+    return hasattr(getattr(module, "config", None), "is_relu_gated") and hasattr(module, "sparsity_coef")

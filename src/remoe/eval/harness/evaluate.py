@@ -33,6 +33,8 @@ class HarnessConfig:
     max_length: int | None = None
     """Tokens read of one request; None: the length that the run was trained with."""
     precision: str | None = None
+    threshold: float | None = None
+    """The density dial, for all layers in place of the saved thresholds; None: those."""
 
 
 def evaluate_tasks(
@@ -79,7 +81,12 @@ def _run(path: Path | str, names: Sequence[str], folder: str | None, config: Har
         run: Any = simple_evaluate
         results = run(
             model="remoe",
-            model_args={"pretrained": str(path), "max_length": config.max_length, "precision": config.precision},
+            model_args={
+                "pretrained": str(path),
+                "max_length": config.max_length,
+                "precision": config.precision,
+                "threshold": config.threshold,
+            },
             tasks=list(names),
             task_manager=manager,
             num_fewshot=config.num_fewshot,

@@ -21,6 +21,7 @@ from remoe.data.chat import encode
 from remoe.errors import ConfigError
 from remoe.eval.loglikelihood import Request, ScoringConfig, loglikelihoods
 from remoe.model.generate import Prompt, Sampling, stream_tokens
+from remoe.model.thresholds import set_thresholds
 from remoe.training.loading import load
 from remoe.training.saved import chat_template_of, run_of, tokenizer_of
 from remoe.training.setup import pick_device
@@ -40,7 +41,7 @@ class RemoeLM(TemplateLM):
 
     `pretrained`: a run, a checkpoint or an export. `max_length`: tokens that the model reads of one request, by default
     the length it was trained with. `precision`: fp32 or bf16, by default what the run was trained in on a GPU.
-    `batch_size`: requests of that length at once, shorter ones are more; auto: 16.
+    `batch_size`: requests of that length at once, shorter ones are more; auto: 16. `threshold`: the density dial.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class RemoeLM(TemplateLM):
         max_batch_size: int | str | None = None,
         max_length: int | None = None,
         precision: str | None = None,
+        threshold: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.path = path = Path(pretrained)
         run = run_of(path)
         self._device = pick_device(device or "auto")
         self.model = load(path).to(self._device)
+        if threshold is not None:
+            set_thresholds(self.model, float(threshold))
         self.text = tokenizer_of(path)
         self._check_vocabulary(path)
         trained_in = run.config.train.precision if run and self._device.type == "cuda" else "fp32"
