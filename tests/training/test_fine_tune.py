@@ -186,6 +186,8 @@ def test_what_does_not_fit_the_origin_is_refused_before_anything_is_written(pret
     gone = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=tmp_path / "gone"))
     with pytest.raises(CheckpointError, match="is not a run, a checkpoint or an export"):
         train(gone, root=tmp_path)
+    same = dataclasses.replace(base.config.model, vocab_size=None)
+    assert with_origin(dataclasses.replace(config, model=same), None).model == base.config.model
     dense = dataclasses.replace(
         config, train=dataclasses.replace(config.train, freeze_router="head", init_from=None),
         model=dataclasses.replace(base.config.model, moe_layers="none"),

@@ -35,8 +35,9 @@ def with_origin(config: TrainConfig, own_path: Path | None) -> TrainConfig:
         return config
     has_begun = own_path is not None and (own_path / CONFIG).is_file()
     origin = _origin_of_run(Run.open(own_path)) if own_path is not None and has_begun else origin_of(start)
-    if config.model not in (ReMoEConfig(), origin.model):
-        key, wanted, found = _first_difference(config.model, origin.model)
+    asked = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or origin.model.vocab_size)
+    if config.model != ReMoEConfig() and asked != origin.model:
+        key, wanted, found = _first_difference(asked, origin.model)
         raise ConfigError(
             f"model.{key} is {wanted!r}, but train.init_from {start} has {found!r}; leave out the model section, which "
             "is taken from there"
