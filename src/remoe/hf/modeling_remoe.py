@@ -563,7 +563,7 @@ class ReMoEAttention(nn.Module):
         mixed, attention_weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(mixed.flatten(2)), attention_weights
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), attention_weights
 
 
 def eager_attention(
