@@ -89,7 +89,6 @@ def main() -> int:
 
 def campaign(count: int, seed: int, folder: Path, names: list[str]) -> dict[str, Any]:
     """Damage `count` files in a folder, the targets in turn; how many ended how, and every kind of fault once."""
-    draw = random.Random(seed)
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in names}
     faults: dict[str, str] = {}
     untouched = {name: folder / "untouched" / name for name in names}
@@ -100,7 +99,7 @@ def campaign(count: int, seed: int, folder: Path, names: list[str]) -> dict[str,
     for number in range(count):
         name = names[number % len(names)]
         damaged = copied(untouched[name], folder / "damaged")
-        what = damage(draw, damaged, TARGETS[name].pattern)
+        what = damage(random.Random(f"{seed} {number}"), damaged, TARGETS[name].pattern)
         with limited(MAX_SECONDS):
             outcome = outcome_of(TARGETS[name], damaged, results[name])
         is_fault = outcome not in (SAME, READ, REFUSED)
@@ -275,6 +274,7 @@ def documents_of_parquet(path: Path) -> Documents:
 
 def document_of(row: dict[str, Any]) -> Documents:
     """A row's document, unless it is empty."""
+    row = {key: value.decode() if isinstance(value, bytes) else value for key, value in row.items()}
     row["text"].encode()  # fails for what is no Unicode text
     meta = row.get("meta")
     domain = meta.get("pile_set_name") if isinstance(meta, dict) else None

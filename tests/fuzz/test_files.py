@@ -4,12 +4,9 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
 import pytest
-
-pytest.importorskip("pyarrow")
-pytest.importorskip("tokenizers")
-pytest.importorskip("zstandard")
-
+from pyarrow import parquet
 from tools import fuzz_files
 
 from remoe.data.readers import ReadConfig, read_documents
@@ -77,5 +74,36 @@ def test_a_parquet_file_that_was_cut_or_changed_is_one_error_or_the_rows(tmp_pat
     fuzz_files.make_parquet(tmp_path)
     path = tmp_path / "corpus.parquet"
     os.truncate(path, path.stat().st_size + where if where < 0 else where)
+    with pytest.raises(DataError, match="is damaged and cannot be read"):
+        list(read_documents(path, ReadConfig()))
+
+
+def test_text_in_a_binary_column_is_text(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    table = pyarrow.table({"text": pyarrow.array(["é".encode()], pyarrow.binary()), "picture": [b"\xff\xd8"]})
+    parquet.write_table(table, path)
+    assert [document.text for document in read_documents(path, ReadConfig())] == ["é"]
+
+
+def test_bytes_that_are_no_text_are_refused_as_text(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    parquet.write_table(pyarrow.table({"text": [b"\xff\xd8"]}), path)
+    with pytest.raises(DataError, match="'text' holds a JSON null, must be a string"):
+        list(read_documents(path, ReadConfig()))
+
+
+def test_a_parquet_file_with_fewer_rows_than_it_announces_is_damaged(tmp_path, monkeypatch):
+    fuzz_files.make_parquet(tmp_path)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
+    with pytest.raises(DataError, match=r"is damaged: it announces 30 rows more than it holds"):
+        list(read_documents(tmp_path / "corpus.parquet", ReadConfig()))
+
+
+def test_checksums_of_parquet_pages_are_checked(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    table = pyarrow.table({"text": [f"text {i}" for i in range(100)]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"text 50", b"text 05"))
     with pytest.raises(DataError, match="is damaged and cannot be read"):
         list(read_documents(path, ReadConfig()))

@@ -316,12 +316,27 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
     except ImportError:
         raise MissingExtraError("pyarrow", "data") from None
     size = 0
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        left = file.metadata.num_rows
         for batch in file.iter_batches(batch_size=1024):
-            size += batch.nbytes
+            size, left = size + batch.nbytes, left - batch.num_rows
             _check_unfolding(path, size)
             for row in batch.to_pylist():
-                yield json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
+                yield json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass") + b"\n"
+    if left:
+        raise DataError(
+            f"{path} is damaged: it announces {abs(left)} rows {'more' if left > 0 else 'fewer'} than it holds"
+        )
+
+
+def _plain(value: Any) -> str | None:
+    """A parquet value that JSON has no form for; text may lie in a binary column."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
