@@ -34,6 +34,20 @@ def test_a_text_with_domains_is_trained_on_as_it_is_and_prepared(tmp_path: Path)
     assert (tmp_path / "mine.yaml").read_text(encoding="utf-8").startswith("# Ours, for two CPU cores")
 
 
+@pytest.mark.slow
+@pytest.mark.heavy
+@pytest.mark.timeout(3000)
+def test_the_story_from_text_to_transformers_runs_without_a_network(tmp_path: Path):
+    data = Path(__file__).resolve().parents[3] / "shared" / "data"
+    for folder in ("pile6", "evals"):
+        if not (data / folder).is_dir():
+            pytest.skip(f"needs {data / folder}")
+        (tmp_path / folder).symlink_to(data / folder)
+    for command in "".join(blocks("story.md", "sh")).splitlines():
+        run_line(command, tmp_path)
+    run_python("story.md", tmp_path)
+
+
 def test_a_router_written_as_the_page_says_learns(tmp_path: Path):
     run_python("how-to/add-a-router.md", tmp_path)
 
