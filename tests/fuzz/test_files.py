@@ -41,6 +41,14 @@ def test_a_dataset_from_before_there_were_checksums_opens(tmp_path):
     assert len(fuzz_files.use_dataset(tmp_path / "set")) == len(fuzz_files.rows())
 
 
+def test_a_domain_that_is_infinite_is_damaged(tmp_path):
+    fuzz_files.make_dataset(tmp_path / "set")
+    path = tmp_path / "set" / "data.domains.json"
+    path.write_text(path.read_text().replace("[0,", "[1e999,"))
+    with pytest.raises(DataError, match="data.domains.json is damaged: it must hold"):
+        fuzz_files.use_dataset(tmp_path / "set")
+
+
 @pytest.mark.parametrize("change", [{"characters": 3}, {"words": [1]}, {"characters": None}])
 def test_a_saved_vocabulary_that_is_no_text_is_damaged(tmp_path, change):
     (kind,) = change

@@ -160,7 +160,7 @@ def _read_domains(prefix: Path, num_documents: int, default: str) -> tuple[list[
     try:
         names = [str(name) for name in table["domains"]]
         domains = np.array(table["domain_of_document"], dtype=np.int64)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError(f"{path} is damaged: it must hold `domains` and `domain_of_document`") from None
     if len(domains) != num_documents:
         raise DataError(f"{path} names the domains of {len(domains)} documents, the dataset has {num_documents}")
