@@ -45,7 +45,7 @@ def test_a_domain_that_is_infinite_is_damaged(tmp_path):
     fuzz_files.make_dataset(tmp_path / "set")
     path = tmp_path / "set" / "data.domains.json"
     path.write_text(path.read_text().replace("[0,", "[1e999,"))
-    with pytest.raises(DataError, match="data.domains.json is damaged: it must hold"):
+    with pytest.raises(DataError, match=r"data.domains.json is damaged: it must hold"):
         fuzz_files.use_dataset(tmp_path / "set")
 
 
