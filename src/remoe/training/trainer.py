@@ -68,7 +68,8 @@ class Trainer:
         loop, length = config.train, config.data.sequence_length
         self.sampler = Sampler(corpus.train, length, loop.batch_size, config.seed)
         self.flips = self._flip_meter()
-        self.pace = Pace(stepper.model, stepper.device) if world_size() > 1 else None
+        model: Any = stepper.model
+        self.pace = Pace(model, stepper.device) if world_size() > 1 else None
 
     @property
     def checkpoints(self) -> Path:
