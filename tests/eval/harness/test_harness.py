@@ -20,7 +20,7 @@ from remoe.eval.harness.tasks import check_rows, write_tasks
 from remoe.training.loading import load
 from remoe.training.saved import tokenizer_of
 
-REAL = Path("/work/shared/data/evals")
+REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "evals"
 
 
 @pytest.fixture(scope="module")
