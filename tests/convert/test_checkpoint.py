@@ -54,6 +54,7 @@ def test_a_top_k_run_becomes_an_export_with_relu_routing(topk_run, tmp_path):
     assert json.loads((tmp_path / "conversion.json").read_text())["agreement"]["tokens"] == 8 * 16
     assert result.agreement.loss_after == pytest.approx(result.agreement.loss_before, abs=0.1)
     assert tokenizer_of(tmp_path).name == "bytes"
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 16
 
 
 def test_training_goes_on_from_a_converted_model(topk_run, text, tmp_path):

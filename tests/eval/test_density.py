@@ -1,11 +1,14 @@
 """The curve of the density dial on a tiny run: what is measured, on what, and what is saved."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
 
 from remoe.config import from_dict
+from remoe.data.chat import load_template, save_template
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.density import DensityConfig, load_curve, measure_density, save_at, save_curve
 from remoe.eval.held_out import open_model_and_text
@@ -13,6 +16,7 @@ from remoe.model.thresholds import set_thresholds
 from remoe.model.weights import save_model
 from remoe.moe import dial
 from remoe.training import Run, TrainConfig, load, train
+from remoe.training.saved import chat_template_of
 
 SETTINGS = DensityConfig(
     targets=(1.0, 3.0), calibration_sequences=6, sequences=10, batch_size=4, device="cpu"
@@ -101,6 +105,20 @@ def test_a_model_with_thresholds_is_measured_from_there(run, tmp_path):
     own = Run.open(run.path).config.data
     text = dataclasses.replace(own, validation=own.train)
     assert measure_density(tmp_path, text, SETTINGS).trained.thresholds == (0.01, 0.01)
+
+
+def test_a_saved_density_keeps_the_template_and_length_but_not_the_figures(run, curve, tmp_path):
+    tuned = shutil.copytree(run.path, tmp_path / "tuned")
+    save_template(load_template("chat"), tuned / "tokenizer")
+    save_at(curve.at(1.0), tuned, tmp_path / "sparser")
+    save_at(curve.at(1.0), tmp_path / "sparser", tmp_path / "again")
+    for folder in (tmp_path / "sparser", tmp_path / "again"):
+        assert chat_template_of(folder).source == load_template("chat").source
+    settings = json.loads((tmp_path / "sparser" / "config.json").read_text())
+    assert settings["max_position_embeddings"] == 16
+    card = (tmp_path / "sparser" / "README.md").read_text()
+    assert "# run" in card
+    assert "## Measured" not in card
 
 
 def test_a_curve_is_read_as_it_was_written(curve, tmp_path):

@@ -16,7 +16,7 @@ from remoe.eval.held_out import text_beside
 from remoe.export import write_export
 from remoe.model import ReMoEForCausalLM
 from remoe.training.loading import load
-from remoe.training.saved import run_of
+from remoe.training.saved import run_of, template_of
 
 REPORT = "conversion.json"
 _OURS = "remoe"
@@ -57,7 +57,8 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
     else:
         own = model if is_ours else from_transformers(model)
         converted, result = _native(own, source, config)
-        write_export(converted, load_tokenizer(tokenizer_beside(source, config.tokenizer)), to)
+        tokenizer = load_tokenizer(tokenizer_beside(source, config.tokenizer))
+        write_export(converted, tokenizer, to, run_of(source), template=template_of(source), is_changed=True)
         result = result if is_ours else replace(result, source=model.config.model_type)
     (to / REPORT).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     return result

@@ -9,8 +9,7 @@ from remoe.data import Batch, DataConfig, open_validation, validation_batches
 from remoe.data.sampler import NO_LABEL
 from remoe.data.tokenizer import CARD
 from remoe.errors import ConfigError, DataError
-from remoe.training.run import TOKENIZER
-from remoe.training.saved import run_of
+from remoe.training.saved import tokenizer_folder
 
 
 class ConversionText(NamedTuple):
@@ -60,8 +59,7 @@ def tokenizer_beside(source: Path, given: str | None) -> str:
     """
     if given is not None:
         return given
-    run = run_of(source)
-    folder = run.path / TOKENIZER if run else source
+    folder = tokenizer_folder(source)
     if (folder / CARD).is_file():
         return str(folder)
     if not (folder / "tokenizer.json").is_file():

@@ -63,14 +63,14 @@ _MEASURED = """
 def model_card(
     model: ReMoEForCausalLM, tokenizer: Tokenizer, folder: Path, run: Run | None, metrics: list[Metrics]
 ) -> str:
-    """The README.md of an export. `metrics` are the run's, up to the step of the weights."""
+    """The README.md of an export. `metrics` are the run's, up to the step of the weights; none: no figures."""
     reason = missing_in_transformers(model.config)
     return _CARD.format(
         heading=_heading(model.config, in_transformers=reason is None),
         name=run.config.name if run else folder.name,
         kind="mixture-of-experts" if model.config.num_moe_layers else "dense",
         model=_table(_model_rows(model.config, tokenizer)),
-        measured=_measured(run, metrics, tokenizer) if run else "",
+        measured=_measured(run, metrics, tokenizer) if run and metrics else "",
         folder=folder.name,
         transformers=_TRANSFORMERS.format(folder=folder.name) if reason is None else f"With remoe alone: {reason}.\n",
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from remoe.data.chat import save_template, saved_template
+from remoe.data.chat import ChatTemplate, save_template, saved_template
 from remoe.data.tokenizer import Tokenizer
 from remoe.export import tokenizer_files, transformers_files
 from remoe.export.card import model_card
@@ -21,17 +21,22 @@ def write_export(
     step: int | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     fill: Fill | None = None,
+    *,
+    template: ChatTemplate | None = None,
+    is_changed: bool = False,
 ) -> None:
     """Write weights, config, tokenizer, transformers' remote code and a model card; what was there is replaced.
 
     `run` is the one that trained the model, for its figures up to `step`, that of the weights; None where there is
-    none. `fill` reads the weights of a model on the meta device, one file's at a time. A model that transformers'
+    none, and left out where `is_changed`: the model is not the run's any more. `fill` reads the weights of a model on
+    the meta device, one file's at a time. `template` is the chat template; None: the run's. A model that transformers'
     classes do not have (`missing_in_transformers`) gets no remote code and loads with remoe alone.
     """
-    metrics = [row for row in run.metrics() if step is None or row["step"] <= step] if run else []
+    rows = run.metrics() if run and not is_changed else []
+    metrics = [row for row in rows if step is None or row["step"] <= step]
     save_model(model, folder, max_shard_bytes, fill)
     tokenizer.save(folder)
-    template = saved_template(run.path / TOKENIZER) if run else None
+    template = template or (saved_template(run.path / TOKENIZER) if run else None)
     if template is not None:
         save_template(template, folder)
     if transformers_files.missing_in_transformers(model.config) is None:

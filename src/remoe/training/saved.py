@@ -5,36 +5,42 @@ from pathlib import Path
 from remoe.data.chat import ChatTemplate, saved_template
 from remoe.data.tokenizer import CARD, Tokenizer, load_saved_tokenizer
 from remoe.errors import CheckpointError
-from remoe.training.run import TOKENIZER, Run
+from remoe.training.run import CONFIG, TOKENIZER, Run
 
 
 def run_of(path: Path) -> Run | None:
     """The run that a run folder or one of its checkpoints belongs to; None for an export."""
     folders = (path, *path.absolute().parents[:2])
-    return next((Run.open(folder) for folder in folders if (folder / "config.yaml").is_file()), None)
+    return next((Run.open(folder) for folder in folders if (folder / CONFIG).is_file()), None)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer and the template of saved weights are, if they have some."""
+    run = run_of(path)
+    return run.path / TOKENIZER if run else path
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that a run, checkpoint or export was saved with."""
-    return load_saved_tokenizer(_tokenizer_folder(path))
+    folder = tokenizer_folder(path)
+    if not (folder / CARD).is_file():
+        raise CheckpointError(
+            f"{path} is not a run, one of its checkpoints or an export with its tokenizer; `remoe runs` lists the runs"
+        )
+    return load_saved_tokenizer(folder)
+
+
+def template_of(path: Path) -> ChatTemplate | None:
+    """The chat template that a run was fine-tuned with; None where it was not."""
+    return saved_template(tokenizer_folder(path))
 
 
 def chat_template_of(path: Path) -> ChatTemplate:
     """The chat template that a run was fine-tuned with; CheckpointError where it was not."""
-    template = saved_template(_tokenizer_folder(path))
+    template = template_of(path)
     if template is None:
         raise CheckpointError(
             f"{path} has no chat template, must be fine-tuned on conversations (data.format: instructions); "
             "go on from plain text instead"
         )
     return template
-
-
-def _tokenizer_folder(path: Path) -> Path:
-    run = run_of(path)
-    folder = run.path / TOKENIZER if run else path
-    if not (folder / CARD).is_file():
-        raise CheckpointError(
-            f"{path} is not a run, one of its checkpoints or an export with its tokenizer; `remoe runs` lists the runs"
-        )
-    return folder
