@@ -2,7 +2,7 @@
 
 import pytest
 
-from remoe.data.chat import EOD_MARK, ChatTemplate, encode, encode_messages, load_template, messages_of
+from remoe.data.chat import EOD_MARK, ChatTemplate, encode, encode_messages, load_template, messages_of, saved_template
 from remoe.data.tokenizer import BytesTokenizer
 from remoe.errors import ConfigError, DataError
 
@@ -70,6 +70,13 @@ def test_a_template_that_there_is_not_or_that_is_broken_is_named(tmp_path):
     (tmp_path / "broken.jinja").write_text("{% for %}")
     with pytest.raises(ConfigError, match="is no Jinja template"):
         load_template(str(tmp_path / "broken.jinja"))
+
+
+@pytest.mark.parametrize("content", [b"{% for %}", b"\xff\xfe"])
+def test_a_damaged_template_beside_a_tokenizer_is_one_error(tmp_path, content):
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(DataError, match=r"chat_template\.jinja is no Jinja template"):
+        saved_template(tmp_path)
 
 
 def test_templates_cannot_reach_python():

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from remoe.data.files import write_whole
 from remoe.data.tokenizer import Ids, Tokenizer
-from remoe.errors import ConfigError, DataError, one_of
+from remoe.errors import ConfigError, DataError, RemoeError, one_of
 
 TEMPLATES = ("alpaca", "chat", "plain")
 FILE = "chat_template.jinja"
@@ -76,12 +76,7 @@ def load_template(spec: str) -> ChatTemplate:
         return ChatTemplate(resources.files("remoe.data.templates").joinpath(f"{spec}.jinja").read_text("utf-8"))
     if not Path(spec).is_file():
         raise ConfigError(f"data.template is {spec!r}, {one_of(spec, TEMPLATES)}, or a file with a Jinja template")
-    from jinja2 import TemplateError
-
-    try:
-        return ChatTemplate(Path(spec).read_text(encoding="utf-8"))
-    except TemplateError as error:
-        raise ConfigError(f"data.template {spec} is no Jinja template: {error}") from None
+    return _read_template(Path(spec), f"data.template {spec}", ConfigError)
 
 
 def save_template(template: ChatTemplate, folder: Path) -> None:
@@ -90,9 +85,9 @@ def save_template(template: ChatTemplate, folder: Path) -> None:
 
 
 def saved_template(folder: Path) -> ChatTemplate | None:
-    """The template beside a saved tokenizer; None where there is none."""
+    """The template beside a saved tokenizer; None where there is none, DataError where it is damaged."""
     path = folder / FILE
-    return ChatTemplate(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read_template(path, str(path), DataError) if path.is_file() else None
 
 
 def messages_of(row: Any) -> list[dict[str, str]]:
@@ -131,6 +126,15 @@ def encode_messages(
     ids = [encode(tokenizer, piece.text) for piece in pieces]
     answers = [np.full(len(part), piece.is_answer) for part, piece in zip(ids, pieces, strict=True)]
     return np.concatenate(ids), np.concatenate(answers)
+
+
+def _read_template(path: Path, what: str, error_class: type[RemoeError]) -> ChatTemplate:
+    from jinja2 import TemplateError
+
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"))
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise error_class(f"{what} is no Jinja template: {error}") from None
 
 
 def _checked(messages: Any) -> list[dict[str, str]]:
