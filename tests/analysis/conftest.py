@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.collect import TextCounts
 from remoe.analysis.metrics import Metrics
 from remoe.analysis.record import Generation, Passage, RunRecord
 from remoe.config import from_dict
@@ -128,7 +128,7 @@ def make_row(rng: np.random.Generator, router: str, step: int, worse: float) -> 
     return row
 
 
-def make_counts(rng: np.random.Generator, router: str) -> RoutingCounts:
+def make_counts(rng: np.random.Generator, router: str) -> TextCounts:
     tokens_D = np.array([4000, 1500, 4000, 4000, 3000, 4000])
     taste_LDE = rng.dirichlet([0.7] * EXPERTS, size=(LAYERS, len(DOMAINS)))
     load_LDE = (taste_LDE * tokens_D[:, None]).astype(np.int64)
@@ -142,7 +142,7 @@ def make_counts(rng: np.random.Generator, router: str) -> RoutingCounts:
     by_active_LA[:, 1] = tokens_D.sum()
     if router == "relu":
         by_active_LA[:, 0] = 2000
-    return RoutingCounts(
+    return TextCounts(
         layers=tuple(range(LAYERS)),
         top_k=1,
         domains=DOMAINS,

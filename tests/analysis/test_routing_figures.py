@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import make_runs
 
-from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.collect import TextCounts
 from remoe.analysis.figure import run_keys
 from remoe.analysis.figures import domain_activity, domain_share, expert_tokens, load_map, text_sample, token_frequency
 
-COUNTS = RoutingCounts(
+COUNTS = TextCounts(
     layers=(0, 2),
     top_k=1,
     domains=("code", "prose", "empty"),

@@ -16,7 +16,7 @@ TOKEN_LOADS_LIMIT = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingCounts:
+class TextCounts:
     """What the routers of a model did with a stretch of text. All arrays are int64; L counts MoE layers only."""
 
     layers: tuple[int, ...]
@@ -57,7 +57,7 @@ class RoutingCounts:
 @torch.inference_mode()
 def collect(
     model: ReMoEForCausalLM, batches: Iterable[Batch], domains: Sequence[str], *, document_mask: bool = False
-) -> RoutingCounts:
+) -> TextCounts:
     """Count the routing of every token that has a label, on the model's device. The model is in eval mode."""
     device = next(model.parameters()).device
     vocab_size = model.config.vocab_size
@@ -111,9 +111,9 @@ class _Tally:
             if layer in self.token_layers:
                 self.token_load_NVE[self.token_layers.index(layer)].index_add_(0, tokens_T, map_TE)
 
-    def counts(self, domains: tuple[str, ...], top_k: int) -> RoutingCounts:
+    def counts(self, domains: tuple[str, ...], top_k: int) -> TextCounts:
         ids_U = self.occurrences_V.nonzero().flatten()
-        return RoutingCounts(
+        return TextCounts(
             layers=self.layers,
             top_k=top_k,
             domains=domains,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remoe.analysis.collect import RoutingCounts, collect
+from remoe.analysis.collect import TextCounts, collect
 from remoe.analysis.metrics import Metrics, thinned
 from remoe.analysis.record import Generation, Passage, RunRecord
 from remoe.config import to_dict, to_yaml
@@ -168,7 +168,7 @@ def _device(setting: str) -> str:
     return "cpu"
 
 
-def _counts(model: ReMoEForCausalLM, run: Run, dataset: AnyDataset) -> RoutingCounts | None:
+def _counts(model: ReMoEForCausalLM, run: Run, dataset: AnyDataset) -> TextCounts | None:
     if model.config.moe_layers == "none" or model.config.moe_layers == []:
         return None
     data, batch_size = run.config.data, run.config.train.micro_batch

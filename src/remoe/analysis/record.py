@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.collect import TextCounts
 from remoe.analysis.metrics import Metrics
 from remoe.errors import CheckpointError
 from remoe.eval.density import DensityCurve, curve_from
@@ -51,7 +51,7 @@ class RunRecord:
     total_parameters: int
     active_parameters: int
     metrics: Metrics
-    counts: RoutingCounts | None
+    counts: TextCounts | None
     token_texts: tuple[str, ...]
     passages: tuple[Passage, ...]
     generations: tuple[Generation, ...]
@@ -63,7 +63,7 @@ class RunRecord:
         return 1 - self.config["model"]["top_k"] / self.config["model"]["num_experts"]
 
 
-def routed(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord, RoutingCounts]]:
+def routed(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord, TextCounts]]:
     """The runs that route, each with its place (its look in every chart) and its counts."""
     placed = zip(places(runs), runs, strict=True)
     return [(place, run, run.counts) for place, run in placed if run.counts is not None]
@@ -128,13 +128,13 @@ def _record(values: dict[str, Any]) -> RunRecord:
     return RunRecord(**values | built)
 
 
-def _counts(values: dict[str, Any] | None) -> RoutingCounts | None:
+def _counts(values: dict[str, Any] | None) -> TextCounts | None:
     if values is None:
         return None
-    fields = {field.name: field.type for field in dataclasses.fields(RoutingCounts)}
+    fields = {field.name: field.type for field in dataclasses.fields(TextCounts)}
     built: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     built |= {name: _integers(values[name]) for name, kind in fields.items() if kind is np.ndarray}
-    return RoutingCounts(**built)
+    return TextCounts(**built)
 
 
 def _integers(values: list[Any]) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from remoe.analysis.collect import RoutingCounts
+from remoe.analysis.collect import TextCounts
 from remoe.analysis.figure import Chart, Figure
 from remoe.analysis.html import Html, tag, visible
 from remoe.analysis.record import RunRecord, routed, shown_as_text
@@ -40,7 +40,7 @@ def numbers(runs: Sequence[RunRecord]) -> list[TokenShare]:
     ]
 
 
-def favourites(run: RunRecord, counts: RoutingCounts, place: int, expert: int) -> list[TokenShare]:
+def favourites(run: RunRecord, counts: TextCounts, place: int, expert: int) -> list[TokenShare]:
     """The ids that an expert takes most, of those that occur often enough; frequent ones first among equals."""
     often_U = np.flatnonzero(counts.occurrences_U >= MIN_OCCURRENCES)
     share_U = counts.token_load_NEU[place, expert, often_U] / counts.occurrences_U[often_U]
@@ -86,7 +86,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
     )
 
 
-def _chart(run: RunRecord, counts: RoutingCounts, shares: Sequence[TokenShare]) -> Chart:
+def _chart(run: RunRecord, counts: TextCounts, shares: Sequence[TokenShare]) -> Chart:
     layer = counts.layers[len(counts.layers) // 2]
     here = [share for share in shares if (share.run, share.layer) == (run.name, layer)]
     return Chart(f"{run.name}, layer {layer}", draw(here, counts.num_experts))
