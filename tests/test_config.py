@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from remoe import ConfigError
-from remoe.config import apply_overrides, describe_keys, from_dict, load_config, to_dict, to_yaml
+from remoe.config import apply_overrides, describe_keys, from_dict, to_dict, to_yaml
 from remoe.moe import MoEConfig
+from remoe.recipes import read_config
 from remoe.training.config import TrainConfig
 
 
@@ -14,7 +15,7 @@ def test_a_config_survives_the_trip_through_yaml(tmp_path):
     values = {"name": "a/b-1", "model": {"router": {"name": "topk", "renormalize": True}, "moe_layers": [0, 2]}}
     config = from_dict(TrainConfig, values)
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    assert load_config(TrainConfig, tmp_path / "c.yaml") == config
+    assert read_config(str(tmp_path / "c.yaml")) == config
     assert from_dict(TrainConfig, to_dict(config)) == config
 
 
@@ -101,12 +102,12 @@ def test_a_lone_layers_settings_have_no_section():
 def test_a_file_that_is_no_config_is_one_error_and_runs_nothing(tmp_path, content, message):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        load_config(TrainConfig, tmp_path / "c.yaml")
+        read_config(str(tmp_path / "c.yaml"))
 
 
 def test_a_missing_file_says_where_ready_configs_are(tmp_path):
     with pytest.raises(ConfigError, match="remoe recipes"):
-        load_config(TrainConfig, tmp_path / "absent.yaml")
+        read_config(str(tmp_path / "absent.yaml"))
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "model.top_k.x=1"])

@@ -33,14 +33,6 @@ def config_class(cls: type[Config]) -> type[Config]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-def load_config(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `dotted.key=value` overrides.
-
-    Raises ConfigError for a missing or unreadable file, an unknown key (naming the nearest) or a value out of range.
-    """
-    return from_dict(cls, apply_overrides(read_yaml(path), overrides))
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError names file and line where it is not one."""
     import yaml

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from remoe.config import from_dict, load_config, read_yaml
+from remoe.config import from_dict, read_yaml
 from remoe.data import readers
 from remoe.data.config import DataConfig
 from remoe.data.corpus import open_corpus
@@ -23,6 +23,7 @@ from remoe.data.parts import load_part
 from remoe.data.tokenizer import load_tokenizer
 from remoe.errors import CheckpointError, ConfigError, DataError, RemoeError
 from remoe.model.weights import save_model
+from remoe.recipes import read_config
 from remoe.training import TrainConfig, checkpoint, load, train
 from remoe.training.run import Run, clear
 from tests.training.conftest import MODEL, write_text
@@ -154,9 +155,9 @@ def test_yaml_tags_run_nothing(tmp_path, run, mark, value):
     path = tmp_path / "config.yaml"
     path.write_text(f"name: {value.format(mark=mark)}\n")
     with pytest.raises(ConfigError, match="is not valid YAML"):
-        load_config(TrainConfig, path)
+        read_config(str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(TrainConfig, run / "config.yaml", [f"name={value.format(mark=mark)}"])
+        read_config(str(run / "config.yaml"), [f"name={value.format(mark=mark)}"])
     shutil.copy(path, run / "config.yaml")
     with pytest.raises(RemoeError, match="is not valid YAML"):
         Run.open(run)
@@ -270,7 +271,7 @@ def test_a_configs_aliases_do_not_unfold_without_end(tmp_path):
 def test_a_config_nested_too_deep_is_one_error(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match="is not valid YAML"):
-        load_config(TrainConfig, tmp_path / "c.yaml")
+        read_config(str(tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "training.json"])
