@@ -10,6 +10,7 @@ from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
 from remoe.model.recompute import recomputation
 from remoe.moe.update_rule import UpdateRule
+from remoe.training import frozen
 
 
 @config_class
@@ -140,7 +141,7 @@ class LoopConfig:
         check_range("train.flip_interval", self.flip_interval, 0)
         check_choice("train.precision", self.precision, ("fp32", "bf16"))
         recomputation("train.activation_checkpointing", self.activation_checkpointing)
-        check_choice("train.freeze_router", self.freeze_router, ("none", "head", "head_and_cell", "all"))
+        check_choice("train.freeze_router", self.freeze_router, frozen.MODES)
         check_choice("train.rows", self.rows, ("auto", "exact", "capacity"))
         if self.cuda_graphs and self.rows == "exact":
             raise ConfigError(
