@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from remoe.data import Batch, DataConfig, open_validation, validation_batches
-from remoe.data.sampler import NO_LABEL
+from remoe.data.sampler import NO_LABEL, joined
 from remoe.data.tokenizer import CARD
 from remoe.errors import ConfigError, DataError
 from remoe.training.saved import tokenizer_folder
@@ -49,7 +47,7 @@ def split_text(sequences: list[Batch], sizes: TextSizes) -> ConversionText:
         )
     first, rest = sequences[: sizes.calibration_sequences], sequences[sizes.calibration_sequences :]
     starts = range(0, len(rest), sizes.batch_size)
-    return ConversionText(_joined(first), [_joined(rest[start : start + sizes.batch_size]) for start in starts])
+    return ConversionText(joined(first), [joined(rest[start : start + sizes.batch_size]) for start in starts])
 
 
 def tokenizer_beside(source: Path, given: str | None) -> str:
@@ -65,7 +63,3 @@ def tokenizer_beside(source: Path, given: str | None) -> str:
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{source} holds no tokenizer; name the model's with --tokenizer")
     return str(folder / "tokenizer.json")
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))

@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     domain_BS: Tensor
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of sequences of one length as one."""
+    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
 class Sampler:
     """Training batches of `batch_size` sequences of `sequence_length` tokens.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from remoe.data import Batch, DataConfig
+from remoe.data.sampler import NO_LABEL, joined
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.cut_costs import Cut, cheapest_density
 from remoe.eval.held_out import Opened, open_model_and_text
@@ -102,7 +103,7 @@ def measure_density(
             "choose thresholds; give a longer text or lower --calibration-sequences"
         )
     first, rest = batches[: config.calibration_sequences], batches[config.calibration_sequences :]
-    return _Meter(opened, _joined(first), _in_batches(rest, config.batch_size), report).curve(config.targets)
+    return _Meter(opened, joined(first), _in_batches(rest, config.batch_size), report).curve(config.targets)
 
 
 class _Meter:
@@ -243,13 +244,9 @@ def _check(model: ReMoEForCausalLM, targets: Sequence[float]) -> None:
         raise ConfigError(f"--targets has {wrong[0]}, must be between 0 and the layer's {num_experts} experts")
 
 
-def _joined(batches: Sequence[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-
-
 def _in_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
-    return [_joined(batches[start : start + size]) for start in range(0, len(batches), size)]
+    return [joined(batches[start : start + size]) for start in range(0, len(batches), size)]
 
 
 def _num_labels(batches: Sequence[Batch]) -> int:
-    return sum(int((batch.labels_BS >= 0).sum()) for batch in batches)
+    return sum(int((batch.labels_BS != NO_LABEL).sum()) for batch in batches)
