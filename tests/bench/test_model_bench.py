@@ -68,7 +68,7 @@ def test_settling_evens_the_loads_of_top_k(model, run_config):
 def test_routers_with_options_cannot_be_settled(run_config):
     config = dataclasses.replace(run_config.model, router={"name": "relu", "normalize": True})
     with pytest.raises(ConfigError, match="relu or topk without options"):
-        steady.moe_layers(ReMoEForCausalLM(config))
+        steady.settable_layers(ReMoEForCausalLM(config))
 
 
 def test_a_twin_shares_every_parameter_but_the_routers(model):

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from remoe.bench.steady import moe_layers
+from remoe.bench.steady import settable_layers
 from remoe.data import Batch
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 from remoe.model.init import initial_of
@@ -32,7 +32,7 @@ def twin_with_router(model: ReMoEForCausalLM, router: str) -> ReMoEForCausalLM:
     shared = {name: p for name, p in model.state_dict(keep_vars=True).items() if ".router." not in name}
     twin.load_state_dict(shared, strict=False, assign=True)
     own = next(model.parameters())
-    for layer in moe_layers(twin):
+    for layer in settable_layers(twin):
         layer.router.to(own.dtype).to_empty(device=own.device)
         _draw(layer.router, config)
     return twin

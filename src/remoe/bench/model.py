@@ -261,7 +261,7 @@ def _plain_loss(model: ReMoEForCausalLM, batch: Batch, device: torch.device) -> 
 
 @contextmanager
 def _plain_experts(model: ReMoEForCausalLM) -> Iterator[None]:
-    grouped: list[Any] = [layer.experts for layer in steady.moe_layers(model)]
+    grouped: list[Any] = [layer.experts for layer in steady.settable_layers(model)]
     before = [experts.kernels for experts in grouped]
     for experts in grouped:
         experts.kernels = "plain"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.model import ReMoEForCausalLM
-from remoe.moe import MoE
+from remoe.moe import MoE, moe_layers
 
 ROUTERS = ("relu", "topk")
 
@@ -31,13 +31,13 @@ def share_a_direction(model: ReMoEForCausalLM) -> None:
 @torch.no_grad()
 def settle(model: ReMoEForCausalLM, tokens_BS: Tensor) -> None:
     """Set the routers as the module says, on one batch of tokens; call `share_a_direction` before."""
-    with _settled_before_use(moe_layers(model)):
+    with _settled_before_use(settable_layers(model)):
         model(tokens_BS)
 
 
-def moe_layers(model: nn.Module) -> list[MoE]:
+def settable_layers(model: nn.Module) -> list[MoE]:
     """The model's MoE layers in order; ConfigError for routers that cannot be set."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    layers = moe_layers(model)
     for layer in layers:
         if layer.config.router_name not in ROUTERS or layer.config.router_options:
             raise ConfigError(f"router is {layer.config.router!r}, must be relu or topk without options in a benchmark")

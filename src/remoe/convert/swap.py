@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from remoe.convert.relu_gate import ReLUGate, TopKTokens, fit_relu_gate, overlap
 from remoe.model import ReMoEForCausalLM
-from remoe.moe import MoE
+from remoe.moe import moe_layers
 from remoe.moe.routing import Routing
 
 
@@ -33,7 +33,7 @@ def native_gates(model: ReMoEForCausalLM) -> Gates:
     def write(routing: Routing, weights_TE: Tensor) -> Routing:
         return routing._replace(weights_TE=weights_TE, routing_map_TE=weights_TE > 0)
 
-    return Gates([module.router for module in model.modules() if isinstance(module, MoE)], read, write)
+    return Gates([layer.router for layer in moe_layers(model)], read, write)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from remoe.model.config import ReMoEConfig
 from remoe.model.decoder import Handed, LossOutput, ReMoEForCausalLM
 from remoe.model.part import keep_part, layers_of_part
-from remoe.moe import MoE
+from remoe.moe import moe_layers
 
 PartOfStep = Callable[[Handed | None, Tensor, Mapping[str, Tensor]], tuple[Handed | None, Tensor]]
 """(what came from the stage before, the loss so far, a micro-batch's tensors) → (what the next one needs, the loss)."""
@@ -33,7 +33,7 @@ class Pipeline:
 
     def place(self, model: ReMoEForCausalLM) -> None:
         """Keep this stage's layers of a model."""
-        routers: list[Any] = [layer.router for layer in model.modules() if isinstance(layer, MoE)]
+        routers: list[Any] = [layer.router for layer in moe_layers(model)]
         state_size = max((router.state_size for router in routers), default=0)
         self._widths = [model.config.hidden_size, *([state_size] if state_size else [])]
         keep_part(model, layers_of_part(model.config.num_layers, self.num_stages, self.index))

@@ -11,7 +11,7 @@ from remoe.config import check_range
 from remoe.errors import ConfigError
 from remoe.eval.shared_context import Rows, Tree, lay_out, plant
 from remoe.model import ReMoEForCausalLM
-from remoe.moe import MoE
+from remoe.moe import moe_layers
 from remoe.training.micro_batch import autocast
 from remoe.training.validation import evaluating
 
@@ -82,7 +82,7 @@ def shares_contexts(model: ReMoEForCausalLM) -> bool:
 
     Not so with relative positions, which count places, nor with routers that choose among or average over tokens.
     """
-    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
+    routers = [layer.router for layer in moe_layers(model)]
     return not model.config.is_post_norm and not any(getattr(router, "mixes_tokens", False) for router in routers)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remoe.model.cache import CacheWindow, KVCache
 from remoe.model.placement import place_step
-from remoe.moe import MoE
+from remoe.moe import moe_layers
 
 if TYPE_CHECKING:
     from remoe.model.decoder import ReMoEForCausalLM
@@ -205,7 +205,7 @@ def obstacle_to_graphs(model: ReMoEForCausalLM, device: torch.device) -> str | N
         return "post_norm experts wait for their numbers of rows"
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         return "ranks share the weights"
-    if any(module.exchange is not None for module in model.modules() if isinstance(module, MoE)):
+    if any(layer.exchange is not None for layer in moe_layers(model)):
         return "ranks share the experts"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "a hook would see no step"
@@ -220,7 +220,7 @@ def window_for(length: int) -> int:
 def held_by_graphs(model: ReMoEForCausalLM) -> tuple[Any, ...]:
     """What a graph takes for good: where the weights lie, whatever they become, and the numbers in routers."""
     places = ((tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers()))
-    routers = (module.router for module in model.modules() if isinstance(module, MoE))
+    routers = (layer.router for layer in moe_layers(model))
     numbers = (value for router in routers for value in vars(router).values() if isinstance(value, (int, float, str)))
     return (*places, *numbers)
 

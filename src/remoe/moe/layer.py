@@ -57,6 +57,11 @@ class MoE(nn.Module):
         return num_pairs if is_small else self.row_capacity
 
 
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The MoE layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
 def _build_router(config: MoEConfig) -> nn.Module:
     given = {"init_std": config.init_std, "vocab_size": config.vocab_size}
     known = option_names(config.router_name)

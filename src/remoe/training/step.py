@@ -16,7 +16,7 @@ from remoe.data import Batch
 from remoe.data.sampler import NO_LABEL
 from remoe.distributed.config import own_micro_batch
 from remoe.distributed.ranks import Ranks
-from remoe.moe import MoE, SparsityController
+from remoe.moe import SparsityController, moe_layers
 from remoe.training import router_hooks
 from remoe.training.capacity import row_capacities
 from remoe.training.compiled import compile_parts, compiled
@@ -227,11 +227,6 @@ class Stepper:
         if self.loads_LE is not None:
             progress |= {"sparsity.loads": self.loads_LE, "sparsity.has_loads": self.has_loads}
         return model | optimizer | progress
-
-
-def moe_layers(model: nn.Module) -> list[MoE]:
-    """The model's MoE layers, in order."""
-    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
