@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measured import MeasuredStep, measured_layouts, measured_models
 from remoe.cli.table import table
 from remoe.distributed.planning import machine
-from remoe.recipes.measured import Measured, measured_layouts, measured_models
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LIMIT = 0.15
@@ -29,7 +29,7 @@ def main() -> int:
     rows += [compared(row, is_fitted=False) for row in measured_layouts(options.results)]
     foretold = [row for row in rows if not row["fitted"]]
     print(text(rows) if rows else f"no measured step under {options.results}")
-    far = [row for row in rows if row["same_gpu"] and max(abs(row["speed_error"]), abs(row["memory_error"])) > LIMIT]
+    far = [row for row in rows if row["same_gpu"] and is_far(row)]
     print(f"{len(rows)} measured steps, {len(foretold)} of layouts that no constant is fitted to")
     print(f"{len(far)} further off than {LIMIT:.0%}; rows of other cards than the {machine().name} do not count")
     if options.output is not None:
@@ -41,7 +41,7 @@ def is_far(row: dict[str, Any]) -> bool:
     return max(abs(row["speed_error"]), abs(row["memory_error"])) > LIMIT
 
 
-def compared(row: Measured, is_fitted: bool) -> dict[str, Any]:
+def compared(row: MeasuredStep, is_fitted: bool) -> dict[str, Any]:
     """Predicted and measured; errors relative to what was measured."""
     predicted = row.predicted()
     memory = predicted.memory.total_at_start if row.at_start else predicted.memory.total

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measured import measured_models
 from remoe.distributed.planning.machine import machine_of
 from remoe.distributed.planning.step_time import step_time
-from remoe.recipes.measured import measured_models
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "results/gpu/model*.json"

@@ -1,9 +1,13 @@
-"""Files of results, read as jobs and layouts."""
+"""benchmarks/measured.py reads files of results as jobs and layouts."""
 
+import importlib.util
 import json
 from pathlib import Path
 
-from remoe.recipes.measured import measured_layouts, measured_models
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "measured.py"
+spec = importlib.util.spec_from_file_location("measured", SCRIPT)
+measured = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measured)
 
 
 def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
@@ -23,7 +27,7 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
     ]
     content = {"machine": {"command": command, "gpus": ["a card", "a card"]}, "rows": rows}
     (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
-    alone, two = measured_layouts(tmp_path)
+    alone, two = measured.measured_layouts(tmp_path)
     assert (alone.what, two.what) == ("topk on 1", "topk on 2, expert 2")
     assert (two.job.batch_size, two.job.micro_batch_size, two.job.sequence_length) == (4 * 3 * 2, 4, 512)
     assert (alone.job.batch_size, alone.parallel.shards) == (12, 1)
@@ -40,7 +44,7 @@ def test_measured_models_are_the_steps_of_ours(tmp_path: Path):
     (tmp_path / "gpu").mkdir()
     content = {"command": command, "gpus": ["a card"], "rows": [row, *others]}
     (tmp_path / "gpu" / "model_182m.json").write_text(json.dumps(content))
-    found, at_start = measured_models(tmp_path)
+    found, at_start = measured.measured_models(tmp_path)
     assert (found.at_start, at_start.at_start) == (False, True)
     assert found.job.is_compiled
     assert (found.job.batch_size, found.job.micro_batch_size) == (16, 8)

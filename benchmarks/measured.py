@@ -17,7 +17,7 @@ VOCABULARY = 50257
 LAYOUT_SIZES = ("data_replicate", "expert", "tensor", "context")
 
 
-class Measured(NamedTuple):
+class MeasuredStep(NamedTuple):
     """One row of a file of results."""
 
     source: str
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
         return estimate(self.job, self.parallel, machine())
 
 
-def measured_models(folder: Path) -> list[Measured]:
+def measured_models(folder: Path) -> list[MeasuredStep]:
     """Steps on one GPU: gpu/model*.json, written by `remoe bench model`."""
     found = []
     for path in sorted(folder.glob("gpu/model*.json")):
@@ -55,12 +55,12 @@ def measured_models(folder: Path) -> list[Measured]:
     return found
 
 
-def measured_layouts(folder: Path) -> list[Measured]:
+def measured_layouts(folder: Path) -> list[MeasuredStep]:
     """Steps on several GPUs, and on one beside them: scale_out*.json, written by benchmarks/scale_out.py."""
     return [row for path in sorted(folder.rglob("scale_out*.json")) for row in _layouts_in(path)]
 
 
-def _layouts_in(path: Path) -> Iterator[Measured]:
+def _layouts_in(path: Path) -> Iterator[MeasuredStep]:
     content = json.loads(path.read_text())
     command, gpus = content["machine"]["command"], content["machine"]["gpus"]
     config = _after(command, "scale_out.py")[0]
@@ -76,7 +76,7 @@ def _layouts_in(path: Path) -> Iterator[Measured]:
 _SIZES = (("--micro-batch", "8"), ("--accumulation", "4"))
 
 
-def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None) -> Measured:
+def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None) -> MeasuredStep:
     layout = {key: size for key, size in (sizes or {}).items() if key in LAYOUT_SIZES}
     parallel = job.layout(row.get("ranks", 1), **layout)
     assert parallel is not None, f"{path}: a layout that was measured must be one"
@@ -85,7 +85,7 @@ def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Map
     what = f"{job.model.moe.router_name} on {row.get('ranks', 1)}" + (f", {named}" if named else "")
     at_start = row.get("phase") == "start"
     what += ", at start" if at_start else ""
-    return Measured(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak, at_start)
+    return MeasuredStep(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak, at_start)
 
 
 def _job(config: str, overrides: Sequence[str], micro_batch: int, micro_batches: int) -> Job:
