@@ -53,10 +53,10 @@ def train(
         ranks = launch.join(parallel, device)
         ranks.on_first(lambda: _claim(path, resume, overwrite, stack))
         reporter = (reporter or LogReporter()) if ranks.is_first else SilentReporter()
-        return _train_in(Job(path, device, resume, overwrite), config, ranks, reporter)
+        return _train_in(Call(path, device, resume, overwrite), config, ranks, reporter)
 
 
-class Job(NamedTuple):
+class Call(NamedTuple):
     """Where and how one call trains."""
 
     path: Path
@@ -72,10 +72,10 @@ def _claim(path: Path, resume: bool, overwrite: bool, stack: ExitStack) -> None:
     run.check_claim(path, resume or overwrite)
 
 
-def _train_in(job: Job, config: TrainConfig, ranks: Ranks, reporter: Reporter) -> Run:
+def _train_in(call: Call, config: TrainConfig, ranks: Ranks, reporter: Reporter) -> Run:
     check_sinks(config.train.sinks)
-    path, device = job.path, job.device
-    start = ranks.on_first(lambda: find_start(path, config, reporter)) if job.resume else None
+    path, device = call.path, call.device
+    start = ranks.on_first(lambda: find_start(path, config, reporter)) if call.resume else None
     corpus = ranks.in_turn(lambda: open_corpus(config.data))
     init_from.check_tokenizer(config, corpus.tokenizer)
     config = resolve(config, corpus.tokenizer)
@@ -89,7 +89,7 @@ def _train_in(job: Job, config: TrainConfig, ranks: Ranks, reporter: Reporter) -
             trainer.prepare_routers()
         else:
             init_from.take_over_coefficient(config, trainer.stepper.controller)
-        trainer.prepare_folder(job.overwrite)
+        trainer.prepare_folder(call.overwrite)
         trainer.train()
     return Run(path, config)
 
