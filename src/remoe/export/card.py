@@ -7,6 +7,7 @@ from pathlib import Path
 from remoe.data.tokenizer import BytesTokenizer, Tokenizer
 from remoe.export.transformers_files import missing_in_transformers
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
+from remoe.model.config import router_without_values
 from remoe.model.size import parameter_count
 from remoe.training.metrics import Metrics, last_value, late_values
 from remoe.training.run import Run
@@ -93,12 +94,9 @@ def _model_rows(config: ReMoEConfig, tokenizer: Tokenizer) -> list[tuple[str, st
     if not config.num_moe_layers:
         return [("router", "none (dense)"), *rows]
     experts = f"{moe.routed_experts} a layer in {config.num_moe_layers} layers, {moe.routed_top_k} a token"
-    rows = [("router", moe.router_name), ("experts", experts + (" on average" if _is_relu(config) else "")), *rows]
+    is_mean = router_without_values(moe).penalty == "sparsity_l1"
+    rows = [("router", moe.router_name), ("experts", experts + (" on average" if is_mean else "")), *rows]
     return [*rows, ("thresholds of the density dial", str(config.thresholds))] if config.thresholds else rows
-
-
-def _is_relu(config: ReMoEConfig) -> bool:
-    return config.moe.router_name in ("relu", "recurrent_relu") or config.moe.router_options.get("gate") == "relu"
 
 
 def _measured(run: Run, metrics: list[Metrics], tokenizer: Tokenizer) -> str:

@@ -193,7 +193,7 @@ def _memory(config: ReMoEConfig, workload: Workload, num_parameters: int) -> Mem
     weights, gradients, optimizer = 4 * num_parameters, 4 * num_parameters, 8 * num_parameters
     compute_copies = 2 * num_parameters if workload.precision == "bf16" else 0
     activations = _activations(config, workload, config.moe.routed_top_k)
-    activations_at_start = _activations(config, workload, _active_at_start(config))
+    activations_at_start = _activations(config, workload, active_at_start(config))
     fixed = weights + gradients + optimizer + compute_copies
     return Memory(
         weights=weights,
@@ -207,7 +207,8 @@ def _memory(config: ReMoEConfig, workload: Workload, num_parameters: int) -> Mem
     )
 
 
-def _active_at_start(config: ReMoEConfig) -> int:
+def active_at_start(config: ReMoEConfig) -> int:
+    """Experts of a token in the first steps: with ReLU gates half of all."""
     moe = config.moe
     if config.num_moe_layers == 0 or router_without_values(moe).penalty != "sparsity_l1":
         return moe.routed_top_k

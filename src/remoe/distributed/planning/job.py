@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from remoe.distributed.config import ParallelConfig, check_experts, check_sequence, own_micro_batch, resolve_parallel
 from remoe.errors import ConfigError
-from remoe.model.config import ReMoEConfig, router_without_values
-from remoe.model.size import Workload, parameter_count
+from remoe.model.config import ReMoEConfig
+from remoe.model.size import Workload, active_at_start, parameter_count
 from remoe.moe.routers import router_class
 
 
@@ -35,11 +35,8 @@ class Job:
         return self.batch_size * self.sequence_length
 
     def active_experts(self) -> tuple[int, int]:
-        """Experts of a token in the steady state, and at the start: half of all with ReLU routing."""
-        steady = self.model.moe.routed_top_k
-        has_experts = self.model.num_moe_layers > 0
-        starts_dense = has_experts and router_without_values(self.model.moe).penalty == "sparsity_l1"
-        return steady, max(steady, self.model.moe.routed_experts // 2) if starts_dense else steady
+        """Experts of a token in the steady state, and at the start."""
+        return self.model.moe.routed_top_k, active_at_start(self.model)
 
     def micro_batch(self, parallel: ParallelConfig) -> int:
         """Sequences that a rank takes at once: the most that divides its share. ConfigError where it has no share."""
