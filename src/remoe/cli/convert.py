@@ -46,10 +46,10 @@ def convert_command(
     from remoe.convert.checkpoint import ConvertConfig, convert
     from remoe.convert.own import Upcycling
     from remoe.convert.text import TextSizes
-    from remoe.eval.density import check_folder
+    from remoe.export import check_new
 
     check_choice("--from", source_format, ("auto", "megatron"))
-    check_folder(to)
+    check_new(to)
     if source_format == "megatron":
         print(convert_from_megatron(source, to, tokenizer))
         return

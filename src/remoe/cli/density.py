@@ -37,15 +37,16 @@ def density_command(
     import json
     import sys
 
-    from remoe.eval.density import DensityConfig, check_folder, measure_density, save_at, save_curve
+    from remoe.eval.density import DensityConfig, measure_density, save_at, save_curve
     from remoe.eval.held_out import text_beside
+    from remoe.export import check_new
     from remoe.training.run import DENSITY
     from remoe.training.saved import run_of
 
     if (choose is None) != (to is None):
         raise ConfigError("--choose and --to go together: the wished number of experts, and the folder for the model")
     if to is not None:
-        check_folder(to)
+        check_new(to)
     config = DensityConfig(
         targets=_targets(targets, choose), calibration_sequences=calibration_sequences, sequences=sequences,
         batch_size=batch_size, device=device,

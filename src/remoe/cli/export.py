@@ -20,15 +20,12 @@ def export_command(
     Writes the weights (safetensors), config.json, the tokenizer's files, a model card with the run's figures, and the
     code with which transformers loads it where remoe is not installed.
     """
-    from remoe.errors import ConfigError
-    from remoe.export import missing_in_transformers, write_export
+    from remoe.export import check_new, missing_in_transformers, write_export
     from remoe.training.loading import fill, find_checkpoint, load, outline
     from remoe.training.saved import run_of, template_of, tokenizer_of
 
-    if to.exists() and not to.is_dir():
-        raise ConfigError(f"--to is {to}, a file, must be a folder")
-    if to.is_dir() and any(to.iterdir()) and not overwrite:
-        raise ConfigError(f"--to is {to}, which holds files, must be new or empty; --overwrite writes into it")
+    if not overwrite or not to.is_dir():
+        check_new(to, fix="--overwrite writes into it")
     run, tokenizer = run_of(path), tokenizer_of(path)
     found = find_checkpoint(path) if run else None
     if found is not None:  # its weights need not be in memory as a whole

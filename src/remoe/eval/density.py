@@ -14,7 +14,7 @@ from remoe.data.sampler import NO_LABEL, joined
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.cut_costs import Cut, cheapest_density
 from remoe.eval.held_out import Opened, open_model_and_text
-from remoe.export import write_export
+from remoe.export import check_new, write_export
 from remoe.model import ReMoEForCausalLM
 from remoe.model.thresholds import set_thresholds
 from remoe.moe import dial, stats
@@ -214,16 +214,10 @@ def load_curve(path: Path) -> DensityCurve:
 
 def save_at(point: DensityPoint, path: Path, to: Path) -> None:
     """Write the model at `path` as an export with a point's thresholds in force; `to` is new or empty."""
-    check_folder(to)
+    check_new(to)
     model, tokenizer = load(path), tokenizer_of(path)
     set_thresholds(model, point.thresholds)
     write_export(model, tokenizer, to, run_of(path), template=template_of(path), is_changed=True)
-
-
-def check_folder(to: Path) -> None:
-    """Raise ConfigError where a model would be written over something."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--to is {to}, which {'holds files' if to.is_dir() else 'is a file'}, must be new or empty")
 
 
 def curve_from(values: dict[str, Any]) -> DensityCurve:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from remoe.data.chat import ChatTemplate, save_template, saved_template
 from remoe.data.tokenizer import Tokenizer
+from remoe.errors import ConfigError
 from remoe.export import tokenizer_files, transformers_files
 from remoe.export.card import model_card
 from remoe.model import ReMoEForCausalLM
@@ -11,6 +12,14 @@ from remoe.model.weights import Fill, save_model
 from remoe.training.run import TOKENIZER, Run
 
 MAX_SHARD_BYTES = 5e9
+
+
+def check_new(to: Path, fix: str = "") -> None:
+    """Raise ConfigError where a model would be written over something, into `--to`."""
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"--to is {to}, a file, must be a folder")
+    if to.is_dir() and any(to.iterdir()):
+        raise ConfigError(f"--to is {to}, which holds files, must be new or empty" + (f"; {fix}" if fix else ""))
 
 
 def write_export(
