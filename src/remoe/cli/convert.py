@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from remoe.cli.options import AsJson, existing
 from remoe.cli.table import table
@@ -17,6 +17,7 @@ SOURCE = "a run, checkpoint or export, or a folder of transformers: " + (
 
 
 def convert_command(
+    context: Context,
     source: Annotated[Path, Argument(metavar="SRC", help=SOURCE, callback=existing)],
     to: Annotated[Path, Option("--to", metavar="DIR", help="folder to write; new or empty")],
     router: Annotated[str, Option(help="relu, or topk: back to Mixtral or Llama, where it is exact")] = "relu",
@@ -41,7 +42,7 @@ def convert_command(
     """
     import json
 
-    from remoe.cli.megatron import convert_from_megatron
+    from remoe.cli.megatron import convert_from_megatron, refuse_unused
     from remoe.config import check_choice
     from remoe.convert.checkpoint import ConvertConfig, convert
     from remoe.convert.own import Upcycling
@@ -51,6 +52,7 @@ def convert_command(
     check_choice("--from", source_format, ("auto", "megatron"))
     check_new(to)
     if source_format == "megatron":
+        refuse_unused(context)
         print(convert_from_megatron(source, to, tokenizer))
         return
     config = ConvertConfig(

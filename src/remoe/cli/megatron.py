@@ -2,6 +2,21 @@
 
 from pathlib import Path
 
+from typer import Context
+
+from remoe.errors import ConfigError
+
+USED = ("source", "to", "tokenizer", "source_format")
+
+
+def refuse_unused(context: Context) -> None:
+    """Raise ConfigError for an option of `remoe convert` that would do nothing here."""
+    for option in context.command.params:
+        name = str(option.name)
+        given = context.get_parameter_source(name)
+        if name not in USED and given is not None and given.name == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} does nothing with --from megatron, must be left out")
+
 
 def convert_from_megatron(source: Path, to: Path, tokenizer: str | None) -> str:
     """Write a Megatron checkpoint as a model's folder; what to print about it."""
