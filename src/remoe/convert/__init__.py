@@ -1,1 +1,1 @@
-"""Checkpoints of other programs as remoe models."""
+"""Checkpoints with other routing: Top-K or dense models with ReLU gates, and models of Megatron as ours."""

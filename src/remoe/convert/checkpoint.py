@@ -8,7 +8,7 @@ from typing import Any
 from remoe.convert.agreement import Conversion, measure_agreement
 from remoe.convert.foreign import load_source, model_type_of, save_converted, swap_gates
 from remoe.convert.native import from_transformers, missing_in_native, to_transformers
-from remoe.convert.own import Upcycling, swap_native_gates, upcycle
+from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
 from remoe.data import load_tokenizer
 from remoe.errors import ConfigError, one_of
@@ -67,14 +67,14 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
 def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple[ReMoEForCausalLM, Conversion]:
     vocab_size = own.config.vocab_size
     assert vocab_size is not None, "a model that exists knows its vocabulary"
-    tokenizer_beside(source, config.tokenizer)
+    tokenizer_beside(source, config.tokenizer)  # told before the work, not after it
     if own.config.num_moe_layers:
         return swap_native_gates(own, _text(source, config, vocab_size))
     converted = upcycle(own, config.upcycling)
     agreement = None
     if config.data is not None:
         batches = _text(source, config, vocab_size).batches
-        agreement = measure_agreement(_logits(own), _logits(converted), batches)
+        agreement = measure_agreement(native_logits(own), native_logits(converted), batches)
     moe = converted.config.moe
     return converted, Conversion(source="native", target="native", agreement=agreement, top_k=moe.routed_top_k)
 
@@ -97,7 +97,3 @@ def _text(source: Path, config: ConvertConfig, vocab_size: int) -> ConversionTex
     else:
         raise ConfigError(f"{source} knows no text; give one to fit gates on with --data")
     return read_text(data, config.sizes, vocab_size)
-
-
-def _logits(model: ReMoEForCausalLM) -> Any:
-    return lambda tokens_BS: model(tokens_BS).logits

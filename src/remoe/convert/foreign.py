@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remoe.convert import modeling_relu_moe
-from remoe.convert.agreement import Conversion, layer_figures, measure_agreement
+from remoe.convert.agreement import Conversion, Logits, layer_figures, measure_agreement
 from remoe.convert.modeling_relu_moe import FAMILIES, topk_gates
 from remoe.convert.relu_gate import ReLUGate, TopKTokens
 from remoe.convert.swap import Gates, StandIns
@@ -144,5 +144,5 @@ def save_converted(converted: Any, source: Path, to: Path) -> None:
             shutil.copyfile(source / name, to / name)
 
 
-def _logits(model: Any) -> Any:
+def _logits(model: Any) -> Logits:
     return lambda tokens_BS: model(tokens_BS, use_cache=False).logits

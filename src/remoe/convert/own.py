@@ -1,13 +1,12 @@
 """Our own checkpoints: Top-K gates swapped for ReLU gates, and dense models made mixtures of experts."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from remoe.config import check_range
-from remoe.convert.agreement import Conversion, layer_figures, measure_agreement
+from remoe.convert.agreement import Conversion, Logits, layer_figures, measure_agreement
 from remoe.convert.native import filled
 from remoe.convert.swap import StandIns, native_gates
 from remoe.convert.text import ConversionText
@@ -33,7 +32,7 @@ def swap_native_gates(source: ReMoEForCausalLM, text: ConversionText) -> tuple[R
         for batch in text.batches:
             source(batch.tokens_BS)
     converted = _with_relu_gates(source, stand_ins)
-    agreement = measure_agreement(_logits(source), _logits(converted), text.batches)
+    agreement = measure_agreement(native_logits(source), native_logits(converted), text.batches)
     return converted, Conversion(
         source="native", target="native", agreement=agreement, top_k=config.moe.routed_top_k,
         **layer_figures(stand_ins.counts),
@@ -112,5 +111,6 @@ def _router(config: ReMoEConfig, generator: torch.Generator) -> dict[str, Tensor
     return {"router.weight": rows.flatten(0, 1), "router.bias": torch.full((copies * slices,), 1 / copies)}
 
 
-def _logits(model: Any) -> Any:
+def native_logits(model: ReMoEForCausalLM) -> Logits:
+    """How `measure_agreement` asks a model of ours."""
     return lambda tokens_BS: model(tokens_BS).logits

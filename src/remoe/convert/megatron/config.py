@@ -9,25 +9,25 @@ from torch import Tensor
 from remoe.errors import CheckpointError, ConfigError
 from remoe.model import ReMoEConfig
 
-_NEEDED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",),
-    "swiglu": (True,),
-    "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (None,),
-    "use_rope_scaling": (False,),
-    "add_bias_linear": (False,),
-    "add_qkv_bias": (False,),
-    "qk_layernorm": (False,),
-    "apply_layernorm_1p": (False,),
-    "multi_latent_attention": (False,),
-    "moe_shared_expert_intermediate_size": (None,),
-    "moe_router_topk_scaling_factor": (None,),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_router_num_groups": (None,),
-    "moe_expert_capacity_factor": (None,),
+_NEEDED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "apply_layernorm_1p": False,
+    "multi_latent_attention": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_expert_capacity_factor": None,
 }
 """What an argument must be, where the checkpoint has it: our model computes nothing else."""
 
@@ -40,9 +40,9 @@ def config_for(
     `router`: which one it was trained with; None: ReLU, or Top-K, as the arguments of ReMoE's code say. Raises
     CheckpointError for arguments of a model that ours is not.
     """
-    for key, allowed in _NEEDED.items():
-        if args.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"the checkpoint was trained with {key} = {args[key]!r}, must be {allowed[0]!r}")
+    for key, needed in _NEEDED.items():
+        if args.get(key, needed) != needed:
+            raise CheckpointError(f"the checkpoint was trained with {key} = {args[key]!r}, must be {needed!r}")
     embedding = _tensor(tensors, "embedding.word_embeddings.weight")
     layers = _layers(tensors)
     num_experts, expert_size = _experts(tensors)
