@@ -101,15 +101,13 @@ class RemoeLM(TemplateLM):
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         scoring = ScoringConfig(max_length=self.max_length, batch_size=self.batch_size, precision=self.precision)
-        with tqdm(total=len(requests), desc="Scoring continuations", disable=disable_tqdm) as bar:
+        with _bar("Scoring continuations", len(requests), disable_tqdm) as bar:
             tokens = [Request(context, continuation) for _, context, continuation in requests]
-            answers = [
-                (total, is_greedy) for total, is_greedy in loglikelihoods(self.model, tokens, scoring, bar.update)
-            ]
+            answers: list[tuple[float, bool]] = [*loglikelihoods(self.model, tokens, scoring, bar.update)]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # a window of a longer text is no request of the harness
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return [*answers]
+        return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in windows of `max_length` that share one token."""
