@@ -35,6 +35,7 @@ def test_tasks_are_a_table_with_sizes_and_errors_and_a_file_of_the_harness(remoe
     [
         (("--limit", 3), "--limit needs --tasks"),
         (("--output", "scores.json"), "--output needs --tasks"),
+        (("--sequence-length", 8), "--sequence-length needs --data or --tasks"),
         (("--tasks", "piqa", "--sequences", 3), "--sequences is for text, must be left out with --tasks"),
         (("--tasks", "piqua", "--data", "."), "did you mean 'piqa'?"),
         (("--tasks", ",", "--data", "."), "--tasks names no task"),

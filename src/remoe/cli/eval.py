@@ -39,6 +39,8 @@ def eval_command(
 
     if tasks is None:
         _refuse("needs --tasks", {"--num-fewshot": num_fewshot, "--limit": limit, "--output": output})
+        if data is None:
+            _refuse("needs --data or --tasks", {"--sequence-length": sequence_length})
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
             text = None if data is None else _held_out(path, data, sequence_length)
             options = {"num_sequences": sequences, "batch_size": batch_size, "device": device, "threshold": threshold}

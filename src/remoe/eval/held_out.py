@@ -63,8 +63,7 @@ def evaluate_checkpoint(
 
     `num_sequences` defaults to what the run's validations use; an export needs `data`. The text is tokenised with the
     run's own tokenizer; of `data` with a validation text nothing else is read. `threshold` is the density dial, for all
-    layers in place of the saved ones. Raises ConfigError, DataError or
-    CheckpointError for what does not fit together.
+    layers in place of the saved ones. Raises ConfigError, DataError or CheckpointError for what does not fit together.
     """
     opened = open_model_and_text(Path(path), data, device)
     if threshold is not None:
