@@ -10,9 +10,6 @@ class Html(str):
     __slots__ = ()
 
 
-NOTHING = Html("")
-
-
 def escape(text: object) -> Html:
     """The text as markup that shows it; Html passes unchanged."""
     return text if isinstance(text, Html) else Html(html.escape(str(text), quote=True))

@@ -28,10 +28,6 @@ class Limits:
         compute = shape.flops(backward) / self.matmul_tflops / 1e9
         return max(compute, shape.traffic(self.bytes_a_number, backward) / self.copy_gb_per_second / 1e6)
 
-    def is_memory_bound(self, shape: LayerShape, backward: bool) -> bool:
-        """Whether the traffic sets the floor."""
-        return self.floor_ms(shape, backward) > shape.flops(backward) / self.matmul_tflops / 1e9
-
 
 def measure_limits(clock: Clock, dtype: torch.dtype) -> Limits:
     """Time a large product and a large copy."""
