@@ -1,12 +1,13 @@
 """The part of `remoe plan --gpus N` about layouts: the fastest that fit, and what their numbers rest on."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from remoe.cli.table import table
 
 if TYPE_CHECKING:
+    from remoe.distributed.planning import Constant
     from remoe.training.config import TrainConfig
 
 GIB = 2**30
@@ -39,16 +40,16 @@ def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
 
 def layouts_text(values: Mapping[str, Any]) -> str:
     """A table of the first layouts, and the constants that were measured and assumed."""
-    layouts, machine = values["layouts"], values["machine"]
+    from remoe.distributed.planning.machine import machine_of
+
+    layouts, gpus = values["layouts"], machine_of(values["machine"])
     fitting = sum(one["fits"] for one in layouts)
-    lines = [f"{values['gpus']} x {machine['name']}: {fitting} of {len(layouts)} layouts fit; the fastest"]
+    lines = [f"{values['gpus']} x {gpus.name}: {fitting} of {len(layouts)} layouts fit; the fastest"]
     lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
     lines += ["memory, at start, gathers and all-to-all: of one GPU, the last two of a micro-batch"]
     lines += ["layouts with a pipeline are not planned; --json has all others"]
-    constants = machine["constants"]
-    for kind, wanted in (("measured", False), ("assumed", True)):
-        keys = [key for key, one in constants.items() if one["source"].startswith("assumed") == wanted]
-        lines += [f"{kind}: {', '.join(_constants(constants, keys))}"]
+    measured = {key: constant for key, constant in gpus.constants.items() if not constant.is_assumed}
+    lines += [f"measured: {_listed(measured)}", f"assumed: {_listed(gpus.assumptions)}"]
     return "\n".join(lines)
 
 
@@ -68,5 +69,5 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _constants(constants: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    return [f"{key} {constants[key]['value']:.4g} {constants[key]['unit']}" for key in keys]
+def _listed(constants: Mapping[str, "Constant"]) -> str:
+    return ", ".join(f"{key} {constant.value:.4g} {constant.unit}" for key, constant in constants.items())
