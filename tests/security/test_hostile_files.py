@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from remoe.config import from_dict, read_yaml
-from remoe.data import readers
+from remoe.data import readers, unfolding
 from remoe.data.config import DataConfig
 from remoe.data.corpus import open_corpus
 from remoe.data.files import temporary, write_whole
@@ -305,7 +305,7 @@ def bytes_of_chunks(path: Path) -> Iterator[int]:
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 @pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
 def test_a_zip_bomb_is_stopped_early(tmp_path, monkeypatch, kind, ending):
-    monkeypatch.setattr(readers, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(unfolding, "FREE_BYTES", 1 << 20)
     path = tmp_path / f"bomb{kind}{ending}"
     path.write_bytes(bombs()[ending](16 << 20, b"a"))
     read: list[int] = []
@@ -316,7 +316,7 @@ def test_a_zip_bomb_is_stopped_early(tmp_path, monkeypatch, kind, ending):
 
 def test_a_parquet_bomb_is_stopped_early(tmp_path, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(readers, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(unfolding, "FREE_BYTES", 1 << 20)
     path = tmp_path / "bomb.parquet"
     row = "a" * 4096
     parquet.write_table(pyarrow.table({"text": [row] * 5000}), path, compression="zstd")
@@ -334,7 +334,7 @@ def test_text_that_compresses_well_is_no_bomb(tmp_path):
 
 
 def test_a_bomb_as_corpus_leaves_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(unfolding, "FREE_BYTES", 1 << 20)
     path = tmp_path / "bomb.txt.gz"
     path.write_bytes(gzip.compress(b"a" * (16 << 20)))
     with pytest.raises(DataError, match="zip bomb"):

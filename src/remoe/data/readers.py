@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from remoe.config import check_choice, config_class, setting
+from remoe.data.unfolding import check_unfolding, decompressed
 from remoe.errors import DataError, MissingExtraError
 
 PILE_FIELD = "meta.pile_set_name"
 COMPRESSIONS = (".gz", ".xz", ".zst")
 DOCUMENT_BYTES = 65536  # a longer text file is cut at paragraph ends: shuffling and held-out parts need documents
 CHUNK_BYTES = 4 << 20
-MAX_UNFOLDING = 200
-"""How many bytes one byte of a compressed file may become: text becomes up to 20, a bomb a thousand or more."""
-FREE_BYTES = 64 << 20
-"""That many may come out whatever the size of the file."""
 BOM = b"\xef\xbb\xbf"
 OTHER_FORMATS = {  # how to make text of what is often mistaken for it
     ".csv": 'pandas.read_csv("FILE").to_json("FILE.jsonl", orient="records", lines=True)',
@@ -137,7 +134,7 @@ def iter_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         if kind == "parquet":
             records = _parquet_records(path)
         else:
-            stream = _decompressed(path, raw)
+            stream = decompressed(path, raw)
             records = _text_records(stream) if kind == "text" else _lines(stream)
         yield from _grouped(path, kind, records, raw, chunk_bytes)
 
@@ -320,7 +317,7 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
         left = file.metadata.num_rows
         for batch in file.iter_batches(batch_size=1024):
             size, left = size + batch.nbytes, left - batch.num_rows
-            _check_unfolding(path, size)
+            check_unfolding(path, size)
             for row in batch.to_pylist():
                 yield json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass") + b"\n"
     if left:
@@ -337,81 +334,6 @@ def _plain(value: Any) -> str | None:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         return None
-
-
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        import gzip
-
-        return _bounded(path, gzip.GzipFile(fileobj=raw))
-    if suffix == ".xz":
-        return _bounded(path, lzma.LZMAFile(raw))
-    return _bounded(path, _ZstdStream(raw)) if suffix == ".zst" else raw
-
-
-def _bounded(path: Path, stream: Any) -> IO[bytes]:
-    return io.BufferedReader(_BoundedStream(path, stream), 1 << 20)  # type: ignore[return-value]
-
-
-def _check_unfolding(path: Path, size: int) -> None:
-    if size > FREE_BYTES and size > MAX_UNFOLDING * path.stat().st_size:
-        raise DataError(
-            f"{path} unfolds to more than {MAX_UNFOLDING} times its size, as no text does (a zip bomb?); if it is "
-            "text, decompress it and name the result"
-        )
-
-
-class _BoundedStream(io.RawIOBase):
-    """Passes a decompressed stream on, as long as it is no bomb (DataError): nothing holds more than a piece of it."""
-
-    def __init__(self, path: Path, stream: Any) -> None:
-        self._path, self._stream, self._size = path, stream, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._stream.readinto(buffer)
-        self._size += size
-        _check_unfolding(self._path, self._size)
-        return size
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompresses frame after frame. Unlike zstandard's own reader it notices a file that was cut off."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise MissingExtraError("zstandard", "data") from None
-        self._raw, self._compressed, self._plain = raw, b"", b""
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain and self._fill():
-            pass
-        size = min(len(buffer), len(self._plain))
-        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
-        return size
-
-    def _fill(self) -> bool:
-        """Decompress some more; False at the end of the file."""
-        self._compressed = self._compressed or self._raw.read(1 << 10)  # what it becomes is held at once
-        if not self._compressed:
-            if self._frame is not None:
-                raise EOFError("it ends in the middle of a frame")
-            return False
-        frame = self._frame or self._decompressor.decompressobj()
-        self._plain = frame.decompress(self._compressed)
-        self._compressed = frame.unused_data if frame.eof else b""
-        self._frame = None if frame.eof else frame
-        return True
 
 
 @contextmanager
