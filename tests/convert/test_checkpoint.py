@@ -110,9 +110,11 @@ def test_an_export_needs_a_text(topk_run, tmp_path):
 def test_a_top_k_run_is_a_mixtral_and_comes_back(topk_run, text, tmp_path):
     assert convert(topk_run.path, tmp_path / "mixtral", ConvertConfig(router="topk")).target == "mixtral"
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "mixtral")("some text")["input_ids"]
+    assert ids == tokenizer_of(topk_run.path).encode("some text").tolist()
     mixtral = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
     torch.testing.assert_close(mixtral(TOKENS).logits, load(topk_run.path)(TOKENS).logits, rtol=1e-4, atol=1e-4)
-    config = ConvertConfig(data=str(text), tokenizer="bytes", sequence_length=16, sizes=SIZES)
+    config = ConvertConfig(data=str(text), sequence_length=16, sizes=SIZES)
     result = convert(tmp_path / "mixtral", tmp_path / "relu", config)
     assert (result.source, result.target) == ("mixtral", "native")
     own = convert(topk_run.path, tmp_path / "own", ConvertConfig(data=str(text), sizes=SIZES))

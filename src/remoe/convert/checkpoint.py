@@ -11,12 +11,13 @@ from remoe.convert.native import from_transformers, missing_in_native, to_transf
 from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
 from remoe.data import load_tokenizer
+from remoe.data.tokenizer import CARD
 from remoe.errors import ConfigError, one_of
 from remoe.eval.held_out import text_beside
-from remoe.export import write_export
+from remoe.export import write_export, write_tokenizer
 from remoe.model import ReMoEForCausalLM
 from remoe.training.loading import load
-from remoe.training.saved import run_of, template_of
+from remoe.training.saved import run_of, template_of, tokenizer_folder, tokenizer_of
 
 REPORT = "conversion.json"
 _OURS = "remoe"
@@ -50,7 +51,7 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
     is_ours = run_of(source) is not None or model_type_of(source) in (None, _OURS)
     model: Any = load(source) if is_ours else load_source(source)
     if config.router == "topk":
-        result = _to_topk(model, source, to)
+        result = _to_topk(model, source, to, config.tokenizer)
     elif not is_ours and missing_in_native(model.config) is not None:
         converted, result = swap_gates(model, _text(source, config, model.config.vocab_size))
         save_converted(converted, source, to)
@@ -79,11 +80,15 @@ def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple
     return converted, Conversion(source="native", target="native", agreement=agreement, top_k=moe.routed_top_k)
 
 
-def _to_topk(model: Any, source: Path, to: Path) -> Conversion:
+def _to_topk(model: Any, source: Path, to: Path, tokenizer: str | None) -> Conversion:
     if not isinstance(model, ReMoEForCausalLM):
         raise ConfigError(f"{source} is a {model.config.model_type}, must be a native model to become Top-K again")
     other = to_transformers(model)
-    save_converted(other, source, to)
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    known = tokenizer_of(source) if given is None and (tokenizer_folder(source) / CARD).is_file() else given
+    other.save_pretrained(to)
+    if known is not None:
+        write_tokenizer(known, to, template_of(source))
     return Conversion(source="native", target=other.config.model_type, agreement=None)
 
 

@@ -22,6 +22,14 @@ def check_new(to: Path, fix: str = "") -> None:
         raise ConfigError(f"--to is {to}, which holds files, must be new or empty" + (f"; {fix}" if fix else ""))
 
 
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, template: ChatTemplate | None) -> None:
+    """Write a tokenizer into a folder, for remoe and for AutoTokenizer, with the chat template if there is one."""
+    tokenizer.save(folder)
+    tokenizer_files.write(tokenizer, folder)
+    if template is not None:
+        save_template(template, folder)
+
+
 def write_export(
     model: ReMoEForCausalLM,
     tokenizer: Tokenizer,
