@@ -10,8 +10,8 @@ from remoe.cli.failures import exit_code_of, spread_overrides
 from remoe.errors import DataError, TrainingError
 
 COMMANDS = (
-    "demo", "prepare", "train", "compare", "eval", "analyze", "density", "generate", "export", "convert", "plan", "bench",
-    "runs", "recipes",
+    "demo", "prepare", "train", "compare", "eval", "analyze", "density", "generate", "export", "convert", "plan",
+    "bench", "runs", "recipes",
 )  # fmt: skip
 SUBCOMMANDS = ("bench layer", "bench model", "bench decode", "bench tune", "runs diff", "recipes show")
 
