@@ -114,8 +114,9 @@ def test_a_saved_density_keeps_the_template_and_length_but_not_the_figures(run, 
     save_at(curve.at(1.0), tmp_path / "sparser", tmp_path / "again")
     for folder in (tmp_path / "sparser", tmp_path / "again"):
         assert chat_template_of(folder).source == load_template("chat").source
-    settings = json.loads((tmp_path / "sparser" / "config.json").read_text())
-    assert settings["max_position_embeddings"] == 16
+        settings = json.loads((folder / "config.json").read_text())
+        assert settings["max_position_embeddings"] == 16
+        assert settings["sparsity_coef"] == run.metrics()[-1]["sparsity_coef"]
     card = (tmp_path / "sparser" / "README.md").read_text()
     assert "# run" in card
     assert "## Measured" not in card

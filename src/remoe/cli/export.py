@@ -22,7 +22,7 @@ def export_command(
     """
     from remoe.export import check_new, missing_in_transformers, write_export
     from remoe.training.loading import fill, find_checkpoint, load, outline
-    from remoe.training.saved import run_of, template_of, tokenizer_of
+    from remoe.training.saved import run_of, tokenizer_of
 
     if not overwrite or not to.is_dir():
         check_new(to, fix="--overwrite writes into it")
@@ -32,7 +32,7 @@ def export_command(
         model, step, read = outline(found), found.step, partial(fill, found)
     else:
         model, step, read = load(path), None, None
-    write_export(model, tokenizer, to, run, step, shard_gb * 1e9, read, template=template_of(path))
+    write_export(model, tokenizer, to, run, step, shard_gb * 1e9, read, source=path)
     print(f"{to}: {', '.join(sorted(file.name for file in to.iterdir()))}")
     reason = missing_in_transformers(model.config)
     if reason is not None:

@@ -59,7 +59,7 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
         own = model if is_ours else from_transformers(model)
         converted, result = _native(own, source, config)
         tokenizer = load_tokenizer(tokenizer_beside(source, config.tokenizer))
-        write_export(converted, tokenizer, to, run_of(source), template=template_of(source), is_changed=True)
+        write_export(converted, tokenizer, to, run_of(source), source=source, is_changed=True)
         result = result if is_ours else replace(result, source=model.config.model_type)
     (to / REPORT).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     return result

@@ -19,7 +19,7 @@ from remoe.model import ReMoEForCausalLM
 from remoe.model.thresholds import set_thresholds
 from remoe.moe import dial, stats
 from remoe.training.loading import load
-from remoe.training.saved import run_of, template_of, tokenizer_of
+from remoe.training.saved import run_of, tokenizer_of
 from remoe.training.validation import evaluating, token_mask
 
 SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.25, 1.5)
@@ -217,7 +217,7 @@ def save_at(point: DensityPoint, path: Path, to: Path) -> None:
     check_new(to)
     model, tokenizer = load(path), tokenizer_of(path)
     set_thresholds(model, point.thresholds)
-    write_export(model, tokenizer, to, run_of(path), template=template_of(path), is_changed=True)
+    write_export(model, tokenizer, to, run_of(path), source=path, is_changed=True)
 
 
 def curve_from(values: dict[str, Any]) -> DensityCurve:

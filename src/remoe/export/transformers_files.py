@@ -19,6 +19,7 @@ AUTO_MAP = {
 }
 ROUTERS = ("relu", "topk", "rmoe", "recurrent_relu")
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_OF_TRAINING = ("max_position_embeddings", "sparsity_coef", "load_balanced", "router_aux_loss_coef")
 
 
 def missing_in_transformers(config: ReMoEConfig) -> str | None:
@@ -34,10 +35,13 @@ def missing_in_transformers(config: ReMoEConfig) -> str | None:
     return None
 
 
-def write(model: ReMoEForCausalLM, tokenizer: Tokenizer, folder: Path, run: Run | None, metrics: list[Metrics]) -> None:
-    """Complete a folder that holds config.json and the weights. Needs no transformers."""
+def write(model: ReMoEForCausalLM, tokenizer: Tokenizer, folder: Path, of_training: dict[str, Any]) -> None:
+    """Complete a folder that holds config.json and the weights, by settings of its training too.
+
+    Needs no transformers.
+    """
     path = folder / _CONFIG
-    described = json.loads(path.read_text(encoding="utf-8")) | _settings(model, tokenizer, run, metrics)
+    described = json.loads(path.read_text(encoding="utf-8")) | _settings(model, tokenizer) | of_training
     write_whole(path, _json(described))
     write_whole(folder / _GENERATION, _json(_token_ids(tokenizer)))
     write_whole(folder / REMOTE_CODE, files("remoe").joinpath("hf", REMOTE_CODE).read_bytes())
@@ -49,20 +53,29 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _settings(model: ReMoEForCausalLM, tokenizer: Tokenizer, run: Run | None, metrics: list[Metrics]) -> dict[str, Any]:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    settings = {"auto_map": AUTO_MAP, "dtype": dtype} | _token_ids(tokenizer)
-    if run is None:
-        return settings
+def run_settings(run: Run, metrics: list[Metrics]) -> dict[str, Any]:
+    """What transformers' class is told of a run: the length of its sequences, and the weights of auxiliary terms."""
     config, coef = run.config, last_value(metrics, "sparsity_coef", 0.0)
     if config.sparsity.mode == "released":  # there the term is a sum over layers
         coef *= config.model.num_moe_layers
-    return settings | {
+    return {
         "max_position_embeddings": config.data.sequence_length,
         "sparsity_coef": coef,
         "load_balanced": config.sparsity.load_balanced,
         "router_aux_loss_coef": config.losses.load_balancing_coef,
     }
+
+
+def kept_settings(source: Path | None) -> dict[str, Any]:
+    """The same of an export that a model was made from, as far as it has them."""
+    path = None if source is None else source / _CONFIG
+    values = {} if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+    return {key: values[key] for key in _OF_TRAINING if key in values}
+
+
+def _settings(model: ReMoEForCausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {"auto_map": AUTO_MAP, "dtype": dtype} | _token_ids(tokenizer)
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
