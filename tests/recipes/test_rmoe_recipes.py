@@ -25,7 +25,8 @@ MILLIONS = {  # with the paper's 205 symbols, RMoE §5.3 and 5.4
 
 
 def test_there_is_a_recipe_for_each_of_rmoes_models():
-    assert [name for name in names() if name.startswith("rmoe-")] == sorted([*CHARACTERS, *OTHERS], key=names().index)
+    found = [name for name in names() if name.startswith("rmoe-") and not name.startswith("rmoe-alpaca")]
+    assert found == sorted([*CHARACTERS, *OTHERS], key=names().index)
 
 
 @pytest.mark.parametrize("name", [*CHARACTERS, *OTHERS])
