@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from remoe.convert.agreement import Conversion, measure_agreement
-from remoe.convert.foreign import load_source, model_type_of, save_converted, swap_gates
 from remoe.convert.native import from_transformers, missing_in_native, to_transformers
 from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
 from remoe.data import load_tokenizer
 from remoe.data.tokenizer import CARD
-from remoe.errors import ConfigError, one_of
+from remoe.errors import ConfigError, MissingExtraError, one_of
 from remoe.eval.held_out import text_beside
 from remoe.export import write_export, write_tokenizer
 from remoe.model import ReMoEForCausalLM
@@ -49,12 +50,12 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
     if config.router not in ("relu", "topk"):
         raise ConfigError(f"--router is {config.router!r}, {one_of(config.router, ['relu', 'topk'])}")
     is_ours = run_of(source) is not None or model_type_of(source) in (None, _OURS)
-    model: Any = load(source) if is_ours else load_source(source)
+    model: Any = load(source) if is_ours else _foreign().load_source(source)
     if config.router == "topk":
         result = _to_topk(model, source, to, config.tokenizer)
     elif not is_ours and missing_in_native(model.config) is not None:
-        converted, result = swap_gates(model, _text(source, config, model.config.vocab_size))
-        save_converted(converted, source, to)
+        converted, result = _foreign().swap_gates(model, _text(source, config, model.config.vocab_size))
+        _foreign().save_converted(converted, source, to)
     else:
         own = model if is_ours else from_transformers(model)
         converted, result = _native(own, source, config)
@@ -63,6 +64,24 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
         result = result if is_ours else replace(result, source=model.config.model_type)
     (to / REPORT).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _foreign() -> ModuleType:
+    """What handles models of transformers, an extra that our own checkpoints do without."""
+    try:
+        return import_module("remoe.convert.foreign")
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise MissingExtraError("transformers", "hf") from None
+
+
+def model_type_of(source: Path) -> str | None:
+    """The model type in a folder's config.json; None where it has none."""
+    try:
+        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple[ReMoEForCausalLM, Conversion]:

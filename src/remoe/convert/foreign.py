@@ -1,6 +1,5 @@
 """Mixtures of experts of transformers: their gates swapped for ReLU gates, under a model type of their own."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from remoe.convert.modeling_relu_moe import FAMILIES, topk_gates
 from remoe.convert.relu_gate import ReLUGate, TopKTokens
 from remoe.convert.swap import Gates, StandIns
 from remoe.convert.text import ConversionText
-from remoe.errors import CheckpointError, ConfigError, MissingExtraError, one_of
+from remoe.errors import CheckpointError, ConfigError, one_of
 
 _CODE = Path(modeling_relu_moe.__file__).stem
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -23,20 +22,10 @@ _FOLDED = "e_score_correction_bias"
 """A buffer of DeepSeek-V3's gate that the fit has taken in."""
 
 
-def model_type_of(source: Path) -> str | None:
-    """The model type in a folder's config.json; None where it has none."""
-    try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def load_source(source: Path) -> Any:
     """The transformers model at `source`, in eval mode and its own dtype."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise MissingExtraError("transformers", "hf") from None
+    from transformers import AutoModelForCausalLM
+
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).eval()
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe.errors import CheckpointError, ConfigError
+from remoe.errors import CheckpointError, ConfigError, MissingExtraError
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 
 MODEL_TYPES = ("mixtral", "llama")
@@ -83,12 +83,14 @@ def missing_in_top_k(config: ReMoEConfig) -> str | None:
 
 def to_transformers(model: ReMoEForCausalLM) -> Any:
     """A Mixtral or Llama with our model's tensors, shared, not copied; ConfigError where none is the same function."""
-    import transformers
-
     config = model.config
     reason = missing_in_top_k(config)
     if reason is not None:
         raise ConfigError(f"the model has {reason}; exact are only renormalised Top-K (Mixtral) and dense (Llama)")
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "hf") from None
     shared: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
