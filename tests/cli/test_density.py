@@ -59,7 +59,7 @@ def test_eval_takes_one_number_for_all_layers(remoe, own_run):
     [
         (("--choose", "0.5"), "--choose and --to go together"),
         (("--targets", "some"), "--targets is 'some', must be numbers such as 0.5,1,1.5"),
-        (("--targets", "99"), "--targets has 99.0, must be between 0 and the layer's"),
+        (("--targets", "99"), "a target is 99.0, must be between 0 and the layer's"),
         (("--choose", "0.5", "--to", "runs"), "--to is runs, which holds files, must be new or empty"),
     ],
 )

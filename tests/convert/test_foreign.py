@@ -147,3 +147,11 @@ def test_other_families_are_refused_by_name(build_family, text):
         swap_gates(build_family("llama", intermediate_size=48), text)
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         load_source("/nowhere")
+
+
+def test_damaged_weights_are_one_error(build_family, tmp_path):
+    build_family("olmoe").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_source(tmp_path)

@@ -141,7 +141,7 @@ def test_recurrent_relu_routers_have_a_curve_too(trained):
     [
         ({"router": "topk"}, {}, ConfigError, "the model is topk, must have ReLU gates"),
         ({"moe_layers": "none"}, {}, ConfigError, "the model is dense, must have ReLU gates"),
-        ({}, {"targets": (5.0,)}, ConfigError, "--targets has 5.0, must be between 0 and the layer's 4 experts"),
+        ({}, {"targets": (5.0,)}, ConfigError, "a target is 5.0, must be between 0 and the layer's 4 experts"),
         ({}, {"calibration_sequences": 5000}, DataError, "must have more than the 5000 that choose thresholds"),
     ],
 )

@@ -24,11 +24,12 @@ _FOLDED = "e_score_correction_bias"
 
 def load_source(source: Path) -> Any:
     """The transformers model at `source`, in eval mode and its own dtype."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
 
 

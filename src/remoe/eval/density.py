@@ -235,7 +235,7 @@ def _check(model: ReMoEForCausalLM, targets: Sequence[float]) -> None:
         )
     wrong = [target for target in targets if not 0 <= target <= num_experts]
     if wrong:
-        raise ConfigError(f"--targets has {wrong[0]}, must be between 0 and the layer's {num_experts} experts")
+        raise ConfigError(f"a target is {wrong[0]}, must be between 0 and the layer's {num_experts} experts")
 
 
 def _in_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
