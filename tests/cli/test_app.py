@@ -84,7 +84,7 @@ def test_exit_code_is_the_errors_own(capsys):
     assert fail_with(KeyboardInterrupt()) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["remoe: the text is empty", "remoe: no finite loss"]
-    assert "No space left on device" in lines[2]
+    assert lines[2] == "remoe: runs/x: No space left on device; name a place that can be written, with room"
 
 
 def test_fault_of_ours_keeps_its_traceback():

@@ -39,7 +39,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM + NO_PATH:
             raise
-        return _say(str(error), NoRoomError.exit_code)
+        place = f"{error.filename}: " if error.filename else ""
+        return _say(f"{place}{error.strerror}; name a place that can be written, with room", NoRoomError.exit_code)
 
 
 def _usage(error: Any) -> int:
