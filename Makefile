@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: setup demo test test-all lint type format docs bench-cpu clean
+.PHONY: setup demo test test-heavy test-all lint type format docs bench-cpu clean
 
 setup: $(VENV)/.installed  ## create .venv and install remoe with what demo and tests need
 
@@ -32,6 +32,9 @@ demo: setup  ## train ReLU, Top-K and dense on text that Python ships; writes on
 
 test: setup  ## the quick tests
 	$(PYTEST) -m "not slow and not heavy"
+
+test-heavy: $(VENV)/.installed-all  ## the tests that need heavy extras and take seconds
+	$(PYTEST) -m "heavy and not slow"
 
 test-all: $(VENV)/.installed-all  ## the tests that need heavy extras or minutes
 	$(PYTEST) -m "slow or heavy"
