@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcyc
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
 from remoe.data import load_tokenizer
 from remoe.data.tokenizer import CARD
-from remoe.errors import ConfigError, MissingExtraError, one_of
+from remoe.errors import ConfigError, one_of
 from remoe.eval.held_out import text_beside
 from remoe.export import write_export, write_tokenizer
 from remoe.model import ReMoEForCausalLM
@@ -67,13 +66,9 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
 
 
 def _foreign() -> ModuleType:
-    """What handles models of transformers, an extra that our own checkpoints do without."""
-    try:
-        return import_module("remoe.convert.foreign")
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise MissingExtraError("transformers", "hf") from None
+    from remoe.convert import foreign  # needs transformers, an extra that our own checkpoints do without
+
+    return foreign
 
 
 def model_type_of(source: Path) -> str | None:

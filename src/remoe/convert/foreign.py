@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+
+from remoe.errors import CheckpointError, ConfigError, MissingExtraError, one_of
+
+try:
+    from transformers import AutoModelForCausalLM
+except ImportError:
+    raise MissingExtraError("transformers", "hf") from None
 
 from remoe.convert import modeling_relu_moe
 from remoe.convert.agreement import Conversion, Logits, layer_figures, measure_agreement
@@ -13,7 +21,6 @@ from remoe.convert.modeling_relu_moe import FAMILIES, topk_gates
 from remoe.convert.relu_gate import ReLUGate, TopKTokens
 from remoe.convert.swap import Gates, StandIns
 from remoe.convert.text import ConversionText
-from remoe.errors import CheckpointError, ConfigError, one_of
 
 _CODE = Path(modeling_relu_moe.__file__).stem
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -24,9 +31,6 @@ _FOLDED = "e_score_correction_bias"
 
 def load_source(source: Path) -> Any:
     """The transformers model at `source`, in eval mode and its own dtype."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).eval()
     except (OSError, ValueError, SafetensorError) as error:
