@@ -740,14 +740,9 @@ class ReMoEModel(ReMoEPreTrainedModel):
                 hidden_states, router_state, token_mask, router_cell=self.router_cell, **kwargs
             )
             counted += [more] if layer.is_sparse else []
-        aux_losses, tokens_per_expert = (
-            (torch.stack(parts) for parts in zip(*counted, strict=True))
-            if counted
-            else (
-                None,
-                None,
-            )
-        )
+        aux_losses = tokens_per_expert = None
+        if counted:
+            aux_losses, tokens_per_expert = (torch.stack(parts) for parts in zip(*counted, strict=True))
         return ReMoEModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
