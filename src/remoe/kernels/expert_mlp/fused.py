@@ -91,11 +91,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp_backward."""
     call = _call(weights_TE, down_proj, lists)
+    if call.num_rows == 0:
+        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))
     is_whole = _is_whole(call, row_cap)
     grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
     grad_weights_TE = torch.zeros_like(weights_TE)
-    grad_gate_up: Tensor | None = None
-    grad_down: Tensor | None = None
+    grad_gate_up = grad_down = None  # made by the first chunk
     for chunk in call.chunks(0 if is_whole else row_cap):
         up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
         if not is_whole:
@@ -109,8 +110,6 @@ def backward(
         del x
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
         _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
-    if grad_gate_up is None or grad_down is None:  # no rows at all
-        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))
     return grad_x_TH.to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
 
 
