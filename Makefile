@@ -44,7 +44,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-type: setup
+type: $(VENV)/.installed-all  ## pyright: reads the extras' own types
 	$(BIN)/pyright
 
 format: setup
