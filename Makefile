@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: setup demo test test-heavy test-all lint type format docs bench-cpu clean
+.PHONY: setup demo test test-heavy test-all test-gpu lint type format docs bench-cpu clean
 
 setup: $(VENV)/.installed  ## create .venv and install remoe with what demo and tests need
 
@@ -38,6 +38,11 @@ test-heavy: $(VENV)/.installed-all  ## the tests that need heavy extras and take
 
 test-all: $(VENV)/.installed-all  ## the tests that need heavy extras or minutes
 	$(PYTEST) -m "slow or heavy"
+
+test-gpu: $(VENV)/.installed-all  ## on a machine with a GPU; a process a file, since a broken CUDA context breaks what follows
+	@failed=; for file in $$(grep -rl mark.gpu tests); do \
+		$(BIN)/python -m pytest -m gpu -v $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: setup
 	$(BIN)/ruff check .
