@@ -40,10 +40,11 @@ import zstandard
 
 from remoe.cli.failures import exit_code_of
 from remoe.config import from_dict, to_dict
+from remoe.data.named_tokenizer import load_saved_tokenizer, load_tokenizer
 from remoe.data.prepare import PrepareConfig, prepare
 from remoe.data.prepared import open_prefix
 from remoe.data.readers import ReadConfig, read_documents
-from remoe.data.tokenizer import BytesTokenizer, CharacterTokenizer, Tokenizer, load_saved_tokenizer, load_tokenizer
+from remoe.data.tokenizer import BytesTokenizer, CharacterTokenizer, Tokenizer
 from remoe.data.words import WordTokenizer
 from remoe.model.weights import load_model, save_model
 from remoe.training import TrainConfig, checkpoint, load, train

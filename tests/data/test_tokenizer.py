@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remoe.data import load_saved_tokenizer, load_tokenizer
-from remoe.data.tokenizer import BytesTokenizer, CharacterTokenizer
-from remoe.errors import DataError, MissingExtraError
+from remoe.data.tokenizer import BytesTokenizer, CharacterTokenizer, check_vocabulary
+from remoe.errors import ConfigError, DataError, MissingExtraError
 
 TEXT = "Grüße, 世界!\n\tfn main() { }"
 
@@ -151,3 +151,11 @@ def test_tokens_are_shown_printable():
     assert [BytesTokenizer().token_text(i) for i in (65, 10, 0xC3, 256)] == ["A", "\\n", "\\xc3", "<eod>"]
     characters = CharacterTokenizer("é\t")
     assert [characters.token_text(i) for i in range(4)] == ["\\t", "é", "\N{REPLACEMENT CHARACTER}", "<eod>"]
+
+
+def test_a_model_must_have_all_ids_of_its_tokenizer_and_may_have_more():
+    check_vocabulary(BytesTokenizer(), 257, fix="")
+    check_vocabulary(BytesTokenizer(), None, fix="")
+    message = r"model\.vocab_size is 256, must be at least 257, the ids of tokenizer bytes; set it to null$"
+    with pytest.raises(ConfigError, match=message):
+        check_vocabulary(BytesTokenizer(), 256, fix="set it to null")

@@ -9,8 +9,9 @@ import pytest
 from pyarrow import parquet
 from tools import fuzz_files
 
+from remoe.data.named_tokenizer import load_saved_tokenizer, load_tokenizer
 from remoe.data.readers import ReadConfig, read_documents
-from remoe.data.tokenizer import CARD, load_saved_tokenizer, load_tokenizer
+from remoe.data.tokenizer import CARD
 from remoe.errors import CheckpointError, DataError
 from remoe.training.metrics import read_metrics
 

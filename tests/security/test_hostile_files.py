@@ -19,8 +19,8 @@ from remoe.data import readers, unfolding
 from remoe.data.config import DataConfig
 from remoe.data.corpus import open_corpus
 from remoe.data.files import temporary, write_whole
+from remoe.data.named_tokenizer import load_tokenizer
 from remoe.data.parts import load_part
-from remoe.data.tokenizer import load_tokenizer
 from remoe.errors import CheckpointError, ConfigError, DataError, RemoeError
 from remoe.model.weights import save_model
 from remoe.recipes import read_config

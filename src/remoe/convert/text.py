@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from remoe.data import Batch, DataConfig, open_validation, validation_batches
 from remoe.data.sampler import NO_LABEL, joined
-from remoe.data.tokenizer import CARD
+from remoe.data.tokenizer import CARD, check_vocabulary
 from remoe.errors import ConfigError, DataError
 from remoe.training.saved import tokenizer_folder
 
@@ -26,13 +26,9 @@ class TextSizes(NamedTuple):
 
 
 def read_text(data: DataConfig, sizes: TextSizes, vocab_size: int) -> ConversionText:
-    """Tokenise validation text. DataError for too short a text or a tokenizer with more ids than the model."""
+    """Tokenise validation text. DataError for too short a text, ConfigError for a tokenizer with too many ids."""
     text = open_validation(data)
-    if text.tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"tokenizer {data.tokenizer} has {text.tokenizer.vocab_size} ids, the model {vocab_size}; name the "
-            "model's own with --tokenizer"
-        )
+    check_vocabulary(text.tokenizer, vocab_size, fix="name the model's own with --tokenizer")
     wanted = sizes.calibration_sequences + sizes.sequences
     read = validation_batches(text.validation, data.sequence_length, 1, wanted)
     return split_text([batch for batch in read if (batch.labels_BS != NO_LABEL).all()], sizes)

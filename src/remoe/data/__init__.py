@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from remoe.data.corpus import Corpus, HeldOutText, open_corpus, open_validation
     from remoe.data.dataset import BlendedDataset, TokenDataset
     from remoe.data.indexed import IndexedFile, IndexedWriter
+    from remoe.data.named_tokenizer import load_saved_tokenizer, load_tokenizer
     from remoe.data.sampler import Batch, Sampler, validation_batches
-    from remoe.data.tokenizer import Tokenizer, load_saved_tokenizer, load_tokenizer
+    from remoe.data.tokenizer import Tokenizer
 
 # on first use: the worker processes of `prepare` never need torch
 _HOME = {
@@ -17,8 +18,9 @@ _HOME = {
     **dict.fromkeys(("Corpus", "HeldOutText", "open_corpus", "open_validation"), "corpus"),
     **dict.fromkeys(("BlendedDataset", "TokenDataset"), "dataset"),
     **dict.fromkeys(("IndexedFile", "IndexedWriter"), "indexed"),
+    **dict.fromkeys(("load_saved_tokenizer", "load_tokenizer"), "named_tokenizer"),
     **dict.fromkeys(("Batch", "Sampler", "validation_batches"), "sampler"),
-    **dict.fromkeys(("Tokenizer", "load_saved_tokenizer", "load_tokenizer"), "tokenizer"),
+    "Tokenizer": "tokenizer",
 }
 
 __all__ = [

@@ -10,11 +10,12 @@ from remoe.data.dataset import AnyDataset, BlendedDataset, TokenDataset
 from remoe.data.embedded import embedded_corpus
 from remoe.data.files import beside, file_hash
 from remoe.data.instructions import InstructionDataset, Reading, hold_out_conversations, open_instructions
+from remoe.data.named_tokenizer import load_saved_tokenizer, load_tokenizer
 from remoe.data.prepared import open_prefix
 from remoe.data.readers import check_file
 from remoe.data.sampler import too_short
 from remoe.data.split import hold_out
-from remoe.data.tokenizer import Tokenizer, load_saved_tokenizer, load_tokenizer
+from remoe.data.tokenizer import Tokenizer
 from remoe.errors import ConfigError, DataError, nearest
 
 EMBEDDED = "embedded"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from remoe.data.files import write_whole
 from remoe.data.indexed import token_dtype
+from remoe.data.named_tokenizer import load_saved_tokenizer
 from remoe.data.readers import Chunk, ReadConfig, parse_chunk
-from remoe.data.tokenizer import Tokenizer, load_saved_tokenizer
+from remoe.data.tokenizer import Tokenizer
 
 
 class Part(NamedTuple):

@@ -16,11 +16,12 @@ from typing import Any
 
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.data.files import beside, file_hash, text_hash, write_whole
+from remoe.data.named_tokenizer import load_tokenizer
 from remoe.data.parts import PartTask, chunk_digest, load_part, save_part, start_worker, tokenize, work
 from remoe.data.prepared import PreparedWriter, move_dataset, read_manifest
 from remoe.data.progress import FileProgress
 from remoe.data.readers import CHUNK_BYTES, Chunk, ReadConfig, check_file, iter_chunks
-from remoe.data.tokenizer import Tokenizer, load_tokenizer
+from remoe.data.tokenizer import Tokenizer
 from remoe.errors import DataError
 
 FORMAT = "1"  # counts up when the same input would give other tokens

@@ -1,8 +1,9 @@
-"""Text to token ids and back: the tokenizers, how a setting names one, and how a run keeps its own."""
+"""Text to token ids and back: what a tokenizer is, how it is kept, and those of bytes and of characters."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from remoe.data.files import to_json, write_whole
 from remoe.data.readers import iter_texts
-from remoe.errors import DataError
+from remoe.errors import ConfigError, DataError
 
 CARD = "remoe_tokenizer.json"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -64,65 +65,13 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(spec: str, training_files: Sequence[Path] | None = None, text_key: str = "text") -> Tokenizer:
-    """The tokenizer that a setting names.
-
-    `bytes`; `characters` or `words` (need training_files, whose characters or words are the vocabulary); `gpt2:FOLDER`
-    with vocab.json and merges.txt; a tokenizer.json of the tokenizers library; or a folder that holds one of them, such
-    as a run's `tokenizer/`. Raises DataError for anything else. Only data is read: loading never executes code.
-    """
-    from remoe.data import subword
-    from remoe.data.words import words_of
-
-    if spec == "bytes":
-        return BytesTokenizer()
-    if spec == "characters":
-        return _characters_of(training_files, text_key)
-    if spec == "words":
-        return words_of(training_files, text_key)
-    if spec.startswith("gpt2:"):
-        return subword.load_gpt2(Path(spec.removeprefix("gpt2:")))
-    path = Path(spec)
-    if (path / CARD).is_file():
-        return load_saved_tokenizer(path)
-    if (path / "tokenizer.json").is_file():
-        return subword.load_json(path / "tokenizer.json")
-    if path.is_file():
-        return subword.load_json(path)
-    raise DataError(
-        f"tokenizer {spec!r} does not exist, must be bytes, characters, words, gpt2:FOLDER (with vocab.json and "
-        "merges.txt), a tokenizer.json, or the tokenizer folder of a run"
-    )
-
-
-def load_saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save(folder)` wrote. Raises DataError if a file is missing, or was changed since."""
-    from remoe.data import subword
-    from remoe.data.words import WordTokenizer
-
-    card = read_card(folder)
-    kind = card.get("kind")
-    if kind == "bytes":
-        tokenizer: Tokenizer = BytesTokenizer()
-    elif kind == "characters":
-        tokenizer = CharacterTokenizer("".join(_vocabulary(folder, card, "characters")))
-    elif kind == "words":
-        tokenizer = WordTokenizer(_vocabulary(folder, card, "words"))
-    elif kind in subword.KINDS:
-        tokenizer = subword.load_saved(folder, kind, card["name"])
-    else:
-        raise DataError(f"{folder / CARD} names the tokenizer kind {kind!r}, which this version does not know")
-    if tokenizer.fingerprint != card.get("fingerprint"):
-        raise DataError(f"the tokenizer in {folder} was changed after it was saved: its fingerprint does not match")
-    return tokenizer
-
-
-def _vocabulary(folder: Path, card: dict[str, Any], key: str) -> Sequence[str]:
-    """A list of texts, or one text, in a card."""
-    values = card.get(key)
-    if not isinstance(values, str | list) or not all(isinstance(value, str) for value in values):
-        raise DataError(f"{folder / CARD} is damaged: it must hold the tokenizer's {key}")
-    return values
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None, fix: str) -> None:
+    """Raise ConfigError, with `fix` at its end, where a tokenizer has more ids than a model; None: not known yet."""
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}, must be at least {tokenizer.vocab_size}, the ids of tokenizer "
+            f"{tokenizer.name}; {fix}"
+        )
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -226,15 +175,23 @@ class CharacterTokenizer:
         write_card(self, folder, "characters", characters=self.characters)
 
 
-def _characters_of(training_files: Sequence[Path] | None, text_key: str) -> CharacterTokenizer:
+def characters_of(training_files: Sequence[Path] | None, text_key: str = "text") -> CharacterTokenizer:
+    """The tokenizer of all characters in the training text. DataError where there are none."""
+    return CharacterTokenizer("".join(pieces_in(training_files, text_key, "characters", iter)))
+
+
+def pieces_in(
+    training_files: Sequence[Path] | None, text_key: str, name: str, split: Callable[[str], Iterable[str]]
+) -> Counter[str]:
+    """How often the training text has each piece that tokenizer `name` splits it into. DataError where it has none."""
     if not training_files:
         raise DataError(
-            "tokenizer 'characters' takes its vocabulary from training text, and there is none; "
+            f"tokenizer {name!r} takes its vocabulary from training text, and there is none; "
             "for a prepared dataset name the folder PREFIX.tokenizer"
         )
-    found: set[str] = set()
+    counts: Counter[str] = Counter()
     for text in iter_texts(training_files, text_key):
-        found.update(text)
-    if not found:
-        raise DataError(f"{training_files[0]} holds no text, so tokenizer 'characters' would have no vocabulary")
-    return CharacterTokenizer("".join(found))
+        counts.update(split(text))
+    if not counts:
+        raise DataError(f"{training_files[0]} holds no {name}, so tokenizer {name!r} would have no vocabulary")
+    return counts

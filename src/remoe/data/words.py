@@ -1,15 +1,12 @@
 """Words between white space as tokens, as WikiText-style perplexity counts them (RMoE §4.4)."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from remoe.data.readers import iter_texts
-from remoe.data.tokenizer import EOD_TEXT, Ids, printable, write_card
-from remoe.errors import DataError
+from remoe.data.tokenizer import EOD_TEXT, Ids, pieces_in, printable, write_card
 
 UNKNOWN_WORD = "<unk>"
 END_OF_LINE = "\n"
@@ -59,15 +56,6 @@ class WordTokenizer:
 
 
 def words_of(training_files: Sequence[Path] | None, text_key: str = "text") -> WordTokenizer:
-    """The tokenizer of all words in the training text, the most frequent first."""
-    if not training_files:
-        raise DataError(
-            "tokenizer 'words' takes its vocabulary from training text, and there is none; "
-            "for a prepared dataset name the folder PREFIX.tokenizer"
-        )
-    counts: Counter[str] = Counter()
-    for text in iter_texts(training_files, text_key):
-        counts.update(text.split())
-    if not counts:
-        raise DataError(f"{training_files[0]} holds no words, so tokenizer 'words' would have no vocabulary")
+    """The tokenizer of all words in the training text, the most frequent first. DataError where there is none."""
+    counts = pieces_in(training_files, text_key, "words", str.split)
     return WordTokenizer(sorted(counts, key=lambda word: (-counts[word], word)))

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from remoe.data.chat import ChatTemplate, saved_template
-from remoe.data.tokenizer import CARD, Tokenizer, load_saved_tokenizer
+from remoe.data.named_tokenizer import load_saved_tokenizer
+from remoe.data.tokenizer import CARD, Tokenizer
 from remoe.errors import CheckpointError
 from remoe.training.run import CONFIG, TOKENIZER, Run
 

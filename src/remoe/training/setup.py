@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from remoe.data import Tokenizer
+from remoe.data.tokenizer import Tokenizer, check_vocabulary
 from remoe.distributed.config import (
     ParallelConfig,
     check_experts,
@@ -52,12 +52,7 @@ def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
 
 def resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The config with the vocabulary's size filled in. ConfigError where the model's is too small for the tokenizer."""
-    size = config.model.vocab_size
-    if size is None:
+    check_vocabulary(tokenizer, config.model.vocab_size, fix="set it to null")
+    if config.model.vocab_size is None:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
-    if size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {size}, must be at least {tokenizer.vocab_size}: the size of tokenizer "
-            f"{tokenizer.name}; set it to null"
-        )
     return config

@@ -9,7 +9,8 @@ from remoe.convert.megatron.config import config_for
 from remoe.convert.megatron.files import read
 from remoe.convert.megatron.names import to_native
 from remoe.data import load_tokenizer
-from remoe.errors import CheckpointError, ConfigError
+from remoe.data.tokenizer import check_vocabulary
+from remoe.errors import CheckpointError
 from remoe.model import ReMoEForCausalLM
 from remoe.model.weights import save_model
 
@@ -58,11 +59,8 @@ def convert_megatron(
     """
     converted = from_megatron(folder, router)
     known = None if tokenizer is None else load_tokenizer(tokenizer)
-    vocab_size = converted.model.config.vocab_size or 0
-    if known is not None and known.vocab_size > vocab_size:
-        raise ConfigError(
-            f"tokenizer {tokenizer!r} has {known.vocab_size} ids, must have at most {vocab_size}: those of the model"
-        )
+    if known is not None:
+        check_vocabulary(known, converted.model.config.vocab_size, fix="name the one its data was prepared with")
     save_model(converted.model, to)
     if known is not None:
         known.save(to)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from remoe.config import check_choice
 from remoe.data.chat import encode
+from remoe.data.tokenizer import check_vocabulary
 from remoe.errors import ConfigError
 from remoe.eval.loglikelihood import Request, ScoringConfig, loglikelihoods
 from remoe.model.generate import Prompt, Sampling, stream_tokens
@@ -63,7 +64,7 @@ class RemoeLM(TemplateLM):
         if threshold is not None:
             set_thresholds(self.model, float(threshold))
         self.text = tokenizer_of(path)
-        self._check_vocabulary(path)
+        check_vocabulary(self.text, self.model.config.vocab_size, fix=f"put the model's own into {path}")
         trained_in = run.config.train.precision if run and self._device.type == "cuda" else "fp32"
         self.precision = precision or trained_in
         check_choice("precision", self.precision, ("fp32", "bf16"))
@@ -179,14 +180,6 @@ class RemoeLM(TemplateLM):
             "precision": self.precision,
             "max_length": self.max_length,
         }
-
-    def _check_vocabulary(self, path: Path) -> None:
-        size = self.model.config.vocab_size
-        if size is not None and self.text.vocab_size > size:
-            raise ConfigError(
-                f"the tokenizer beside {path} is {self.text.name} with {self.text.vocab_size} ids, but the model has "
-                f"{size}"
-            )
 
 
 def _bar(title: str, total: int, is_off: bool) -> Any:
