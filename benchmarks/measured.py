@@ -14,7 +14,7 @@ from remoe.training.job import job_of
 
 VOCABULARY = 50257
 """Of models whose config leaves it open, as the benchmarks have it."""
-LAYOUT_SIZES = ("data_replicate", "expert", "tensor", "context")
+LAYOUT_SIZES = ("data_replicate", "expert", "tensor", "context", "pipeline")
 
 
 class MeasuredStep(NamedTuple):
@@ -66,8 +66,6 @@ def _layouts_in(path: Path) -> Iterator[MeasuredStep]:
     config = _after(command, "scale_out.py")[0]
     micro_batch, accumulation = (int((_after(command, key) or [default])[0]) for key, default in _SIZES)
     for row in content["rows"]:
-        if (row["parallel"] or {}).get("pipeline", 1) > 1:
-            continue  # plans have no pipelines
         changes = [*_after(command, "--set"), f"model.router={row['router']}"]
         job = _job(config, changes, micro_batch, accumulation * row["ranks"])
         yield _measured(path, gpus[0], row, job, row["parallel"])

@@ -20,19 +20,20 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
         {
             "router": "topk",
             "ranks": 2,
-            "parallel": parallel | {"pipeline": 2},
+            "parallel": parallel | {"data_shard": 1, "expert": 1, "pipeline": 2},
             "tokens_per_second": 1.0,
             "peak_bytes": [1],
         },
     ]
     content = {"machine": {"command": command, "gpus": ["a card", "a card"]}, "rows": rows}
     (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
-    alone, two = measured.measured_layouts(tmp_path)
-    assert (alone.what, two.what) == ("topk on 1", "topk on 2, expert 2")
+    alone, two, stages = measured.measured_layouts(tmp_path)
+    assert (alone.what, two.what, stages.what) == ("topk on 1", "topk on 2, expert 2", "topk on 2, pipeline 2")
     assert (two.job.batch_size, two.job.micro_batch_size, two.job.sequence_length) == (4 * 3 * 2, 4, 512)
     assert (alone.job.batch_size, alone.parallel.shards) == (12, 1)
     assert two.job.model.moe.router_name == "topk"
     assert (two.parallel.expert, two.parallel.shards, two.peak_bytes, two.gpu) == (2, 2, 7, "a card")
+    assert (stages.parallel.pipeline, stages.parallel.shards, stages.peak_bytes) == (2, 1, 1)
     assert two.predicted().tokens_per_second > alone.predicted().tokens_per_second
 
 

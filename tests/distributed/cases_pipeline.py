@@ -1,9 +1,14 @@
 """Models that are harder to cut into stages, and what a pipeline does besides steps."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from cases_numbers import ROWS, alone, batch, compare, config, put, take_step, together
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from remoe.distributed.world import world_size
 from remoe.training.flips import FlipMeter
@@ -18,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no experts": {"moe_layers": "none"},
     "relative positions": {"block": "post_norm", "num_kv_heads": None, "attention_span": 8, "router": "rmoe"},
     "token ids": {"router": "hash"},
+    "token ids, another table a layer": {"router": {"name": "hash", "table": "random", "per_layer": True}},
     "states that stay": {"router": {"name": "rmoe", "passing": "none"}},
     "states that swap": {"router": {"name": "rmoe", "passing": "shuffle"}},
     "own running state": {"router": "loss_free"},
@@ -85,4 +91,45 @@ def looked_at(stepper: Stepper) -> dict[str, Any]:
     return result | {name: value.item() for name, value in flips.items()}
 
 
-CASES: dict[str, Callable[[], Any]] = {"awkward": awkward, "closed": closed, "held_out": held_out}
+def gathers() -> dict[str, Any]:
+    """How often the units of this stage are gathered and reduced in a step of 8 micro-batches."""
+    found = {}
+    for reshard in (True, False):
+        many = config("relu", train={"micro_batch_size": 1}, parallel={"pipeline": world_size(), "reshard": reshard})
+        stepper = together(many)
+        take_step(stepper, 1)
+        with counted() as counts:
+            take_step(stepper, 2)
+        units = [unit for unit in stepper.model.modules() if isinstance(unit, FSDPModule)]
+        found[str(reshard)] = counts | {"units": len(units) - 1}
+    return found
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts what FSDP does with its units; between ranks of its own or alone, it does the same."""
+    counts: Counter[str] = Counter()
+    unshard, reduce = FSDPParamGroup.unshard, FSDPParamGroup.post_backward
+
+    def counting_unshard(self: FSDPParamGroup, *options: Any) -> None:
+        counts["gathered"] += self._all_gather_result is None and not self.is_unsharded
+        unshard(self, *options)
+
+    def counting_reduce(self: FSDPParamGroup, *inputs: Any) -> None:
+        counts["reduced"] += self.reduce_grads and any(
+            parameter.unsharded_accumulated_grad is not None or parameter.unsharded_param.grad is not None
+            for parameter in self.fsdp_params
+            if hasattr(parameter, "_unsharded_param")
+        )
+        reduce(self, *inputs)
+
+    with patch.multiple(FSDPParamGroup, unshard=counting_unshard, post_backward=counting_reduce):
+        yield counts
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "awkward": awkward,
+    "closed": closed,
+    "held_out": held_out,
+    "gathers": gathers,
+}

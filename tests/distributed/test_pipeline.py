@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 @pytest.fixture
 def results(results_of: Callable[..., Any]) -> dict[str, Any]:
-    return results_of(2, "awkward", "closed", "held_out")
+    return results_of(2, "awkward", "closed", "held_out", "gathers")
 
 
 def check(step: dict[str, Any], case: str) -> None:
@@ -29,7 +29,7 @@ def check(step: dict[str, Any], case: str) -> None:
 
 def test_what_all_stages_share_and_stages_without_experts_change_no_number(results: dict[str, Any]):
     for found in results["awkward"]:
-        assert len(found) == 9 + 2
+        assert len(found) == 10 + 2
         for case, step in found.items():
             check(step, case)
 
@@ -47,6 +47,14 @@ def test_validation_and_flips_of_a_pipeline_are_those_of_one_process(results: di
         assert stages["active_experts"] == pytest.approx(alone["active_experts"], abs=0.01)
         assert alone["flip_rate"] > 0
         assert stages["flip_rate"] == pytest.approx(alone["flip_rate"], abs=0.005)
+
+
+def test_a_stage_gathers_its_units_and_reduces_their_gradients_as_often_as_plans_say(results: dict[str, Any]):
+    for found in results["gathers"]:
+        units, root = found["True"]["units"], 1
+        assert found["True"]["gathered"] == (8 + 1) * units + root, "a time for each of 8 micro-batches, and one more"
+        assert found["False"]["gathered"] == units + root
+        assert [counts["reduced"] for counts in found.values()] == [units + root] * 2
 
 
 def test_layers_are_spread_evenly_and_the_last_stage_has_no_more_than_others():

@@ -11,8 +11,8 @@ import pytest
 
 from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.planning import Job, estimate, estimates, machine
-from remoe.distributed.planning.job import Parts
 from remoe.distributed.planning.memory import gpu_memory
+from remoe.distributed.planning.parts import Parts
 from remoe.distributed.planning.routes import rows_sent
 from remoe.distributed.planning.step_time import layer_seconds, step_time
 from remoe.distributed.planning.traffic import traffic
@@ -169,20 +169,24 @@ def test_at_the_start_half_of_all_experts_work_and_rows_above_the_cap_are_worked
 
 def test_all_layouts_that_model_and_batch_allow_are_found_the_fastest_that_fit_first():
     found = estimates(job(), 4, machine())
-    sizes = {(one.parallel.data_replicate, one.parallel.shards, one.parallel.expert) for one in found}
-    assert sizes == {(1, 4, 1), (1, 4, 2), (1, 4, 4), (2, 2, 1), (2, 2, 2), (4, 1, 1)}
+    sizes = {
+        (one.parallel.data_replicate, one.parallel.shards, one.parallel.expert, one.parallel.pipeline) for one in found
+    }
+    pipelines = {(*sizes, 2) for sizes in ((1, 2, 1), (1, 2, 2), (2, 1, 1))}  # 3 layers: no more than 3 stages
+    assert sizes == {(1, 4, 1, 1), (1, 4, 2, 1), (1, 4, 4, 1), (2, 2, 1, 1), (2, 2, 2, 1), (4, 1, 1, 1)} | pipelines
     assert {one.parallel.sequence_ranks for one in found} == {1}, "one key/value head"
     assert all(one.fits for one in found)
     assert [one.step_seconds.total for one in found] == sorted(one.step_seconds.total for one in found)
     assert all(one.tokens_per_second == 32 / one.step_seconds.total for one in found)
     assert job(batch_size=6).layout(4) is None, "4 ranks cannot share 6 sequences"
+    assert job(batch_size=1).layout(2, pipeline=2) is None, "one sequence is no micro-batch for each of 2 stages"
 
 
 def test_a_model_that_no_gpu_can_hold_fits_on_many():
     large = job_of(read_config("remoe-100b-relu"))
     alone = estimate(large, large.layout(1) or layout(1), machine())
     assert not alone.fits
-    assert estimates(large, 1024, machine())[0].fits
+    assert estimate(large, large.layout(1024, expert=64) or layout(1), machine()).fits
 
 
 def test_the_micro_batch_is_the_largest_that_divides_a_rank_s_share():

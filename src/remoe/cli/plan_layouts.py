@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 SHOWN = 12
-SIZES = ("data_replicate", "data_shard", "expert", "tensor", "context")
+SIZES = ("data_replicate", "data_shard", "expert", "tensor", "context", "pipeline")
 
 
 def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
     if not found:
         raise ConfigError(
             f"--gpus is {num_gpus}, but train.batch_size = {run.train.batch_size} sequences of data.sequence_length = "
-            f"{run.data.sequence_length} cannot be shared evenly by so many; choose a divisor, or a larger batch_size"
+            f"{run.data.sequence_length} cannot be shared evenly by so many, nor its {run.model.num_layers} "
+            "layers by stages; choose a divisor, or a larger batch_size"
         )
     return {
         "gpus": num_gpus,
@@ -46,25 +47,27 @@ def layouts_text(values: Mapping[str, Any]) -> str:
     fitting = sum(one["fits"] for one in layouts)
     lines = [f"{values['gpus']} x {gpus.name}: {fitting} of {len(layouts)} layouts fit; the fastest"]
     lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
-    lines += ["memory, at start, gathers and all-to-all: of one GPU, the last two of a micro-batch"]
-    lines += ["layouts with a pipeline are not planned; --json has all others"]
+    lines += ["memory, at start, gathers, all-to-all and to stages: of one GPU, the last three of a micro-batch"]
+    lines += ["bubble: what of the step the stages of a pipeline wait for the others (1F1B); --json has all layouts"]
     measured = {key: constant for key, constant in gpus.constants.items() if not constant.is_assumed}
     lines += [f"measured: {_listed(measured)}", f"assumed: {_listed(gpus.assumptions)}"]
     return "\n".join(lines)
 
 
-_HEAD = (*SIZES, "micro-batch", "memory", "at start", "gathers", "all-to-all", "step", "tokens/s")
+_COSTS = ("micro-batch", "memory", "at start", "gathers", "all-to-all", "to stages", "bubble", "step", "tokens/s")
+_HEAD = (*SIZES, *_COSTS)
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    memory, traffic = one["memory"], one["traffic"]
-    sizes = [memory["total"], memory["total_at_start"], traffic["gathers"], traffic["all_to_all"]]
+    memory, traffic, seconds = one["memory"], one["traffic"], one["step_seconds"]
+    sizes = [memory["total"], memory["total_at_start"], *(traffic[key] for key in ("gathers", "all_to_all", "stages"))]
     rate = f"{one['tokens_per_second']:,.0f}" if one["fits"] else "does not fit"
     return (
         *(str(one["parallel"][key]) for key in SIZES),
         str(one["micro_batch_size"]),
         *(f"{size / GIB:.2f} GiB" for size in sizes),
-        f"{one['step_seconds']['total']:.3f} s",
+        f"{seconds['bubble'] / seconds['total']:.0%}",
+        f"{seconds['total']:.3f} s",
         rate,
     )
 

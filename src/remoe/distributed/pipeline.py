@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
+from remoe.model.causal_lm import LossOutput, ReMoEForCausalLM
 from remoe.model.config import ReMoEConfig
-from remoe.model.decoder import Handed, LossOutput, ReMoEForCausalLM
+from remoe.model.decoder import Handed
 from remoe.model.part import keep_part, layers_of_part
 from remoe.moe import moe_layers
 

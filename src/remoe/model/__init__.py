@@ -1,7 +1,7 @@
 """The native language model."""
 
 from remoe.model.cache import KVCache
+from remoe.model.causal_lm import ModelOutput, ReMoEForCausalLM
 from remoe.model.config import ReMoEConfig
-from remoe.model.decoder import ModelOutput, ReMoEForCausalLM
 
 __all__ = ["KVCache", "ModelOutput", "ReMoEConfig", "ReMoEForCausalLM"]

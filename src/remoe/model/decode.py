@@ -5,29 +5,51 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remoe.model.cache import CacheWindow, KVCache
+from remoe.model.config import ReMoEConfig
+from remoe.model.decoder import Decoder
+from remoe.model.loss import Head
 from remoe.model.placement import place_step
 from remoe.moe import moe_layers
-
-if TYPE_CHECKING:
-    from remoe.model.decoder import ReMoEForCausalLM
 
 logger = logging.getLogger(__name__)
 SHORTEST_WINDOW = 256
 _WORTH_CAPTURING = 16  # tokens: a capture costs about as much as five of them
 
 
+class DecodingModel(nn.Module):
+    """A language model as decoding sees it: called with a cache, it keeps the graphs of one text for the next."""
+
+    config: ReMoEConfig
+    model: Decoder
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_decoding: FixedDecoding | None = None
+        """CUDA graphs of the last text, for the next one like it; gone once the model trains."""
+
+    def head(self) -> Head:
+        """What makes logits of the last hidden states."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; a model that trains gives back the memory of its graphs."""
+        if mode:
+            self.kept_decoding = None
+        return super().train(mode)
+
+
 class Decoding(Protocol):
     """Reads prompts, then one token a row a step. Logits are those of the next token, [B, V]."""
 
-    def begin(self, model: ReMoEForCausalLM, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor: ...
+    def begin(self, model: DecodingModel, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor: ...
 
-    def step(self, model: ReMoEForCausalLM, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
+    def step(self, model: DecodingModel, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
         """The logits may lie in memory that the next step overwrites."""
         ...
 
@@ -38,16 +60,16 @@ class PlainDecoding:
     def __init__(self, max_length: int) -> None:
         self.cache = KVCache(max_length)
 
-    def begin(self, model: ReMoEForCausalLM, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor:
+    def begin(self, model: DecodingModel, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor:
         """Read the prompts."""
         return read(model, tokens_BS, token_mask_BS, self.cache)
 
-    def step(self, model: ReMoEForCausalLM, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
+    def step(self, model: DecodingModel, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
         """Read one more token of each row."""
         return read(model, tokens_B[:, None], None if token_mask_B is None else token_mask_B[:, None], self.cache)
 
 
-def read(model: ReMoEForCausalLM, tokens_BS: Tensor, token_mask_BS: Tensor | None, cache: KVCache) -> Tensor:
+def read(model: DecodingModel, tokens_BS: Tensor, token_mask_BS: Tensor | None, cache: KVCache) -> Tensor:
     """Call the model; the logits after each row's last token [B, V]."""
     return model(tokens_BS, token_mask_BS, cache=cache, logits_to_keep=1).logits[:, -1]
 
@@ -60,7 +82,7 @@ class FixedDecoding:
     its own graph. With `captures` off the same step runs as it is, on any device.
     """
 
-    def __init__(self, model: ReMoEForCausalLM, batch_size: int, max_length: int, captures: bool) -> None:
+    def __init__(self, model: DecodingModel, batch_size: int, max_length: int, captures: bool) -> None:
         device = model.model.embed_tokens.weight.device
         self.cache = KVCache(-(-max_length // SHORTEST_WINDOW) * SHORTEST_WINDOW)
         self.tokens_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
@@ -76,12 +98,12 @@ class FixedDecoding:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied or pickled model starts without graphs
 
-    def serves(self, model: ReMoEForCausalLM, batch_size: int, max_length: int) -> bool:
+    def serves(self, model: DecodingModel, batch_size: int, max_length: int) -> bool:
         """Whether this can be used again: for so many rows and tokens, and a model that is as it was but for values."""
         has_room = max_length <= self.cache.max_length
         return has_room and batch_size == len(self.tokens_B1) and self._built_for == held_by_graphs(model)
 
-    def begin(self, model: ReMoEForCausalLM, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor:
+    def begin(self, model: DecodingModel, tokens_BS: Tensor, token_mask_BS: Tensor | None) -> Tensor:
         """Read the prompts as one ordinary call."""
         self.cache.clear()
         logits_BV = read(model, tokens_BS, token_mask_BS, self.cache)
@@ -93,7 +115,7 @@ class FixedDecoding:
         copy_memory(self.memory, self.cache.router_memory)
         return logits_BV
 
-    def step(self, model: ReMoEForCausalLM, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
+    def step(self, model: DecodingModel, tokens_B: Tensor, token_mask_B: Tensor | None) -> Tensor:
         """Read one more token of each row; nothing waits once the window's graph is there."""
         place = self.cache.length
         self.tokens_B1.copy_(tokens_B[:, None])
@@ -104,7 +126,7 @@ class FixedDecoding:
         assert self.logits_BV is not None, "begin comes first"
         return self.logits_BV
 
-    def _run(self, model: ReMoEForCausalLM, window: int) -> None:
+    def _run(self, model: DecodingModel, window: int) -> None:
         if window not in self.graphs and self._capture is not None:
             graph = self._capture(lambda: self._next(model, window), lambda: self._keep(*self._next(model, window)))
             if graph is None:
@@ -116,7 +138,7 @@ class FixedDecoding:
         else:
             self._keep(*self._next(model, window))
 
-    def _next(self, model: ReMoEForCausalLM, window: int) -> tuple[Tensor, dict[int, Any]]:
+    def _next(self, model: DecodingModel, window: int) -> tuple[Tensor, dict[int, Any]]:
         """The next token's logits and what routers remember after this one; only keys and values are written."""
         placement = place_step(self.slot, self.key_mask_BK[:, :window])
         seen = CacheWindow(self.cache, self.slot, window, dict(self.memory))
@@ -171,7 +193,7 @@ def what_waits(run: Callable[[], Any]) -> str | None:
     return None
 
 
-def decoding_for(model: ReMoEForCausalLM, tokens_BS: Tensor, max_new_tokens: int, cuda_graphs: bool) -> Decoding:
+def decoding_for(model: DecodingModel, tokens_BS: Tensor, max_new_tokens: int, cuda_graphs: bool) -> Decoding:
     """What continues these prompts: a step in CUDA graphs where the model can be captured and it pays.
 
     Graphs from an earlier text are taken from the model until `give_back`: two texts at a time need two.
@@ -189,13 +211,13 @@ def decoding_for(model: ReMoEForCausalLM, tokens_BS: Tensor, max_new_tokens: int
     return FixedDecoding(model, batch_size, max_length, captures=True)
 
 
-def give_back(model: ReMoEForCausalLM, decoding: Decoding | None) -> None:
+def give_back(model: DecodingModel, decoding: Decoding | None) -> None:
     """Let the model keep its graphs for the next text."""
     if isinstance(decoding, FixedDecoding):
         model.kept_decoding = decoding
 
 
-def obstacle_to_graphs(model: ReMoEForCausalLM, device: torch.device) -> str | None:
+def obstacle_to_graphs(model: DecodingModel, device: torch.device) -> str | None:
     """Why the step cannot be a graph although nothing in it waits; None where it can."""
     if device.type != "cuda":
         return f"device {device} has none"
@@ -217,7 +239,7 @@ def window_for(length: int) -> int:
     return max(SHORTEST_WINDOW, 1 << (length - 1).bit_length())
 
 
-def held_by_graphs(model: ReMoEForCausalLM) -> tuple[Any, ...]:
+def held_by_graphs(model: DecodingModel) -> tuple[Any, ...]:
     """What a graph takes for good: where the weights lie, whatever they become, and the numbers in routers."""
     places = ((tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers()))
     routers = (layer.router for layer in moe_layers(model))

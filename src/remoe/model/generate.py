@@ -1,20 +1,15 @@
 """Text from the model: one token a step, keys and values kept, greedy or sampled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from remoe.config import check_range
 from remoe.errors import ConfigError
-from remoe.model.decode import Decoding, decoding_for, give_back
-
-if TYPE_CHECKING:
-    from remoe.model.decoder import ReMoEForCausalLM
+from remoe.model.decode import Decoding, DecodingModel, decoding_for, give_back
 
 _STEPS_BETWEEN_LOOKS = 16  # on a GPU: to see whether all rows have stopped, the host waits
 
@@ -54,7 +49,7 @@ class Prompt(NamedTuple):
 
 
 def generate_tokens(
-    model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
+    model: DecodingModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
 ) -> Tensor:
     """The prompts, each followed by up to `max_new_tokens` tokens: int64 [B, at most S + max_new_tokens].
 
@@ -70,7 +65,7 @@ def generate_tokens(
 @torch.inference_mode(False)  # else what the model keeps for the next text would be unusable outside of inference mode
 @torch.no_grad()
 def stream_tokens(
-    model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
+    model: DecodingModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling, cuda_graphs: bool = True
 ) -> Iterator[Tensor]:
     """The new tokens one place after the other, int64 [B] each, as soon as they are on their way.
 
@@ -92,7 +87,7 @@ def stream_tokens(
 
 
 def _continue(
-    model: ReMoEForCausalLM, decoding: Decoding, prompt: Prompt, max_new_tokens: int, sampling: Sampling
+    model: DecodingModel, decoding: Decoding, prompt: Prompt, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
@@ -148,7 +143,7 @@ def _nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(scores_BV).scatter(1, order_BV, kept_BV)
 
 
-def _check(model: ReMoEForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> None:
+def _check(model: DecodingModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> None:
     check_range("max_new_tokens", max_new_tokens, 0)
     tokens_BS, token_mask_BS = prompt
     vocab_size = model.config.vocab_size

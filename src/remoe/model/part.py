@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from remoe.model.decoder import ReMoEForCausalLM
+from remoe.model.causal_lm import ReMoEForCausalLM
 
 
 def layers_of_part(num_layers: int, num_parts: int, index: int) -> range:

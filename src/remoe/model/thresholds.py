@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from remoe.model.decoder import ReMoEForCausalLM
+from remoe.model.causal_lm import ReMoEForCausalLM
 from remoe.moe import dial
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from remoe.config import from_dict, to_dict
 from remoe.errors import CheckpointError, ConfigError
+from remoe.model.causal_lm import ReMoEForCausalLM
 from remoe.model.config import ReMoEConfig
-from remoe.model.decoder import ReMoEForCausalLM
 
 SCHEMA_VERSION = 1
 _ADDED_LATER = ("block", "attention_span", "dropout", "thresholds")  # exports from before have the defaults

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from remoe.data import Batch
 from remoe.data.sampler import NO_TOKEN
 from remoe.distributed.ranks import Ranks
-from remoe.model.decoder import Handed, LossOutput
+from remoe.model.causal_lm import LossOutput
+from remoe.model.decoder import Handed
 from remoe.moe.routing import Routing
 from remoe.training import router_hooks
 from remoe.training.config import TrainConfig

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.planning.job import Job
@@ -43,7 +44,7 @@ def estimate(job: Job, parallel: ParallelConfig, gpus: Machine) -> Estimate:
         step_seconds=seconds,
         start_step_seconds=step_time(job, parallel, gpus, at_start=True),
         tokens_per_second=job.tokens / seconds.total,
-        fits=max(memory.total, memory.total_at_start) <= gpus["memory"] - gpus["memory_set_aside"],
+        fits=memory.peak <= gpus["memory"] - gpus["memory_set_aside"],
     )
 
 
@@ -54,12 +55,11 @@ def estimates(job: Job, num_gpus: int, gpus: Machine) -> list[Estimate]:
 
 
 def layouts(job: Job, num_gpus: int) -> Iterator[ParallelConfig]:
-    """The sizes that model and batch allow: copies, tensor or context, experts; the rest is sharded."""
+    """The sizes that model and batch allow: stages, copies, tensor or context, experts; the rest is sharded."""
     sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
     sequences = [("tensor", 1), *((key, size) for key in ("tensor", "context") for size in SEQUENCE_RANKS[1:])]
-    for copies in sizes:
-        for key, ranks in sequences:
-            for expert in sizes:
-                parallel = job.layout(num_gpus, data_replicate=copies, expert=expert, **{key: ranks})
-                if parallel is not None:
-                    yield parallel
+    stages = [size for size in sizes if size <= job.model.num_layers]
+    for pipeline, copies, (key, ranks), expert in product(stages, sizes, sequences, sizes):
+        named = {"pipeline": pipeline, "data_replicate": copies, "expert": expert, key: ranks}
+        if (parallel := job.layout(num_gpus, **named)) is not None:
+            yield parallel

@@ -58,6 +58,12 @@ class Machine:
         far = (size - self.near(size, stride)) / (size - 1)
         return max(num_bytes * (1 - far) / self["host_link"], num_bytes * far / self["network_link"])
 
+    def pass_seconds(self, num_bytes: float, size: int, stride: int) -> float:
+        """From each of a row of GPUs to the next, so many bytes; the slowest link counts."""
+        if size == 1:
+            return 0.0
+        return num_bytes / self["host_link" if self.near(size, stride) == size else "network_link"]
+
 
 @functools.cache
 def machine() -> Machine:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from remoe.distributed.config import ParallelConfig
-from remoe.distributed.planning.job import Job, Parts
+from remoe.distributed.planning.job import Job, Stage
 from remoe.distributed.planning.routes import rows_sent
-from remoe.model.size import plan
+from remoe.distributed.planning.traffic import handed_bytes
 
 STATE_BYTES = 16
 """A parameter in fp32, its gradient, and AdamW's two moments."""
@@ -18,27 +18,44 @@ class GpuMemory:
     state: int
     gathered: int
     """Parameters and gradients of FSDP units that are whole at the same time, with the buffers of their exchange."""
+    received: int
+    """A stage's buffers for what the others send it, one for each micro-batch of a step and direction."""
     activations: int
+    """In a pipeline of as many micro-batches as are under way in the stage."""
     activations_at_start: int
     """ReLU routing starts with half of all gates open."""
     total: int
     total_at_start: int
 
+    @property
+    def peak(self) -> int:
+        """Over the whole run."""
+        return max(self.total, self.total_at_start)
+
 
 def gpu_memory(job: Job, parallel: ParallelConfig) -> GpuMemory:
-    """Of one rank of a layout; other allocations (context, NCCL, fragments) are not in it."""
-    parts, num_ranks = Parts.of(job.model), parallel.data_replicate * parallel.shared_by
-    whole = plan(job.model, job.workload(parallel)).memory
-    if num_ranks == 1:
-        state, gathered = STATE_BYTES * parts.total, whole.compute_copies
+    """Of the rank of a layout that needs most; other allocations (context, NCCL, fragments) are not in it."""
+    found = [_stage_memory(stage, parallel, job) for stage in job.stages(parallel.pipeline)]
+    return max(found, key=lambda one: one.peak)
+
+
+def _stage_memory(stage: Stage, parallel: ParallelConfig, whole: Job) -> GpuMemory:
+    job = stage.job
+    under_way = min(parallel.pipeline - stage.index, job.num_micro_batches(parallel))  # 1F1B: the first stage has most
+    kept = job.memory(job.workload(parallel), under_way)
+    if parallel.data_replicate * parallel.shared_by * parallel.pipeline == 1:
+        state, gathered = STATE_BYTES * job.parts.total, kept.compute_copies
     else:
-        state, gathered = STATE_BYTES * parts.total // parallel.shared_by, _gathered(job, parallel, parts)
-    sent, sent_at_start = (_exchanged(job, parallel, active) for active in job.active_experts())
-    activations, at_start = whole.activations + sent, whole.activations_at_start + sent_at_start
-    fixed = state + gathered
+        state, gathered = STATE_BYTES * job.parts.total // parallel.shared_by, _gathered(job, parallel)
+    sent, sent_at_start = (_exchanged(job, parallel, active) for active in job.active_experts)
+    activations, at_start = kept.activations + sent, kept.activations_at_start + sent_at_start
+    directions = 2 - job.has_embedding - job.has_head
+    received = directions * job.num_micro_batches(parallel) * handed_bytes(whole, parallel)
+    fixed = state + gathered + received
     return GpuMemory(
         state=state,
         gathered=gathered,
+        received=received,
         activations=activations,
         activations_at_start=at_start,
         total=fixed + activations,
@@ -46,22 +63,25 @@ def gpu_memory(job: Job, parallel: ParallelConfig) -> GpuMemory:
     )
 
 
-def _gathered(job: Job, parallel: ParallelConfig, parts: Parts) -> int:
+def _gathered(job: Job, parallel: ParallelConfig) -> int:
     """The root in fp32 with its gradient; the largest unit, the one gathered ahead of it, and the largest's gradient.
 
-    A gather needs its result once more as a buffer, a reduction its input in the dtype that it sums in.
+    A gather needs its result once more as a buffer, a reduction its input in the dtype that it sums in. In a pipeline
+    all units stay after a backward pass, and their gradients add up in that dtype until the step ends.
     """
     width, reduced = job.compute_bytes, 2 if parallel.reduce == "bf16" else 4
-    units = sorted(_units(job, parallel, parts), reverse=True)
-    root = 2 * 4 * parts.root
+    units = sorted(_units(job, parallel), reverse=True)
+    root = 2 * 4 * job.parts.root
+    if parallel.pipeline > 1:
+        return root + (width + reduced) * sum(units) + width * units[0]
     if not parallel.reshard:
         return root + width * sum(units) + (width + reduced) * units[0]
     return root + width * (units[0] + units[1]) + width * units[0] + (width + reduced) * units[0]
 
 
-def _units(job: Job, parallel: ParallelConfig, parts: Parts) -> list[int]:
+def _units(job: Job, parallel: ParallelConfig) -> list[int]:
     """Parameters of each FSDP unit as one rank gathers it."""
-    moe_layers = job.model.num_moe_layers
+    parts, moe_layers = job.parts, job.model.num_moe_layers
     experts = [parts.experts // parallel.expert] * moe_layers
     dense = [parts.dense] * (job.model.num_layers - moe_layers)
     return [*experts, *dense, *[parts.attention // parallel.tensor] * job.model.num_layers]

@@ -1,15 +1,16 @@
 """Seconds of an optimizer step: products and traffic at the machine's rates, and what of the exchanges is not hidden.
 
 Gathers and reductions run beside the computation, so only what is longer than it counts; exchanges around experts and
-attention are waited for.
+attention, and those between stages, are waited for.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from remoe.distributed.config import ParallelConfig
-from remoe.distributed.planning.job import Job, Parts
+from remoe.distributed.planning.job import Job
 from remoe.distributed.planning.machine import Machine
-from remoe.distributed.planning.traffic import Traffic, traffic, unit_traffic
+from remoe.distributed.planning.traffic import Traffic, handed_bytes, stage_traffic, unit_traffic
 from remoe.moe.experts import row_cap
 
 OPTIMIZER_BYTES = 36
@@ -23,35 +24,67 @@ TRAINED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step on one GPU."""
+    """Seconds of one optimizer step on one GPU; in a pipeline one of the stage that takes longest."""
 
     compute: float
     """Of all micro-batches; of a layer at least as long as the host takes to launch it."""
     exchanges: float
-    """Waited for: rows to experts and back, tokens around attention."""
+    """Waited for: rows to experts and back, tokens around attention, micro-batches from stage to stage."""
     gathers: float
     """Parameters and gradients, as far as the computation does not hide them."""
+    bubble: float
+    """1F1B: until the first micro-batch has come to this stage, and after the last one has left it."""
     optimizer: float
     total: float
 
 
+class MicroBatchTime(NamedTuple):
+    """Seconds of one micro-batch in one stage."""
+
+    compute: float
+    exchanges: float
+    gathers: float
+
+    @property
+    def total(self) -> float:
+        """From getting it until the next one can come."""
+        return sum(self)
+
+
 def step_time(job: Job, parallel: ParallelConfig, gpus: Machine, *, at_start: bool = False) -> StepTime:
-    """Of a layout in the steady state, with top_k experts a token, or at the start."""
-    micro_batches = job.batch_size // parallel.data_ranks // job.micro_batch(parallel)
-    num_ranks = parallel.data_replicate * parallel.shared_by
-    compute = _compute_seconds(job, parallel, gpus, job.active_experts()[at_start])
-    exchanges = _exchange_seconds(traffic(job, parallel, at_start=at_start), job, parallel, gpus)
-    gathers = max(0.0, _gather_seconds(job, parallel, gpus) - compute)
-    shard = Parts.of(job.model).total / (parallel.shared_by if num_ranks > 1 else 1)
-    optimizer = OPTIMIZER_BYTES * shard / gpus["memory_rate"]
-    waited = micro_batches * exchanges, micro_batches * gathers
+    """Of a layout in the steady state, with top_k experts a token, or at the start.
+
+    The first micro-batch goes through all stages, there and back; the others follow at the slowest one's pace. Of m
+    micro-batches through p stages that take equally long, that is m + p - 1 times one in one stage.
+    """
+    stages, handed = job.stages(parallel.pipeline), handed_bytes(job, parallel)
+    times = [_micro_batch_time(stage.job, parallel, gpus, handed, at_start) for stage in stages]
+    slowest = max(times, key=lambda one: one.total)
+    bubble = sum(stage.count * one.total for stage, one in zip(stages, times, strict=True)) - slowest.total
+    optimizer = OPTIMIZER_BYTES * max(_shard(stage.job, parallel) for stage in stages) / gpus["memory_rate"]
+    num = job.num_micro_batches(parallel)
     return StepTime(
-        compute=micro_batches * compute,
-        exchanges=waited[0],
-        gathers=waited[1],
+        compute=num * slowest.compute,
+        exchanges=num * slowest.exchanges,
+        gathers=num * slowest.gathers,
+        bubble=bubble,
         optimizer=optimizer,
-        total=micro_batches * compute + sum(waited) + optimizer,
+        total=num * slowest.total + bubble + optimizer,
     )
+
+
+def _micro_batch_time(
+    job: Job, parallel: ParallelConfig, gpus: Machine, handed: float, at_start: bool
+) -> MicroBatchTime:  # fmt: skip
+    compute = _compute_seconds(job, parallel, gpus, job.active_experts[at_start])
+    sent = stage_traffic(job, parallel, handed, at_start=at_start)
+    exchanges = _exchange_seconds(sent, job, parallel, gpus)
+    return MicroBatchTime(compute, exchanges, _gather_seconds(sent, job, parallel, gpus, compute))
+
+
+def _shard(job: Job, parallel: ParallelConfig) -> float:
+    """Parameters that a rank's optimizer moves."""
+    return job.parts.total / parallel.shared_by
 
 
 def layer_seconds(tokens: float, sizes: tuple[int, int, int, float], gpus: Machine, width: int = 2) -> float:
@@ -92,7 +125,7 @@ def _head_seconds(job: Job, tokens: float, gpus: Machine) -> float:
 def _attention_seconds(job: Job, tokens: float, gpus: Machine) -> float:
     """Projections, causal scores (half of all pairs; the backward pass computes them again), norms and residuals."""
     model = job.model
-    projections = TRAINED * 2 * tokens * Parts.of(model).attention
+    projections = TRAINED * 2 * tokens * job.parts.attention
     scores = 3.5 * 2 * tokens * job.sequence_length * model.head_width * model.num_heads
     passes = gpus["block_passes" if job.is_compiled else "eager_block_passes"]
     elementwise = passes * tokens * model.hidden_size * job.compute_bytes
@@ -118,11 +151,17 @@ def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: M
     if parallel.expert > 1:
         seconds += job.model.num_moe_layers * gpus["exchange_wait"]
     seconds += gpus.exchange_seconds(sent.sequence, parallel.sequence_ranks)
-    return seconds
+    return seconds + gpus.pass_seconds(sent.stages, parallel.pipeline, parallel.data_replicate * parallel.shared_by)
 
 
-def _gather_seconds(job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
-    sent, units, ranks = traffic(job, parallel), unit_traffic(job, parallel), parallel.shared_by
-    experts = gpus.gather_seconds(units["experts"], ranks // parallel.expert, parallel.expert)
-    replicas = gpus.gather_seconds(sent.replicas, parallel.data_replicate, ranks)
-    return experts + gpus.gather_seconds(units["others"], ranks) + replicas
+def _gather_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine, compute: float) -> float:
+    """What the computation does not hide. In a pipeline that is all of the reduction, after the last backward pass."""
+    units, ranks = unit_traffic(job, parallel), parallel.shared_by
+    gathered, reduced = (
+        gpus.gather_seconds(experts, ranks // parallel.expert, parallel.expert) + gpus.gather_seconds(others, ranks)
+        for experts, others in zip(units["experts"], units["others"], strict=True)
+    )
+    reduced += gpus.gather_seconds(sent.replicas, parallel.data_replicate, ranks)
+    if parallel.pipeline > 1:
+        return max(0.0, gathered - compute) + reduced
+    return max(0.0, gathered + reduced - compute)

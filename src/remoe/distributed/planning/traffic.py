@@ -1,15 +1,19 @@
 """Bytes that one GPU of a layout sends in one micro-batch, by what for."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from remoe.distributed.config import ParallelConfig
-from remoe.distributed.planning.job import Job, Parts
+from remoe.distributed.planning.job import Job
 from remoe.distributed.planning.routes import rows_sent
+
+HANDED_BYTES = 4
+"""Hidden states, router states and the loss so far go from stage to stage in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that leave one GPU in a micro-batch, over all layers, forward and backward."""
+    """Bytes that leave one GPU in a micro-batch, over all its layers, forward and backward."""
 
     all_to_all: float
     """Rows to the ranks of their experts and back (`parallel.expert`)."""
@@ -19,31 +23,78 @@ class Traffic:
     """Gradients summed over copies (HSDP)."""
     sequence: float
     """Tokens or heads exchanged around attention (`parallel.tensor`, `parallel.context`)."""
+    stages: float
+    """What the next stage needs, and the gradients of what the one before sent (`parallel.pipeline`)."""
+
+
+class Units(NamedTuple):
+    """Bytes of gathers and of reductions."""
+
+    gathered: float
+    reduced: float
 
 
 def traffic(job: Job, parallel: ParallelConfig, *, at_start: bool = False) -> Traffic:
-    """Of one rank in the steady state, with top_k experts a token, or at the start."""
+    """Of the busiest rank in the steady state, with top_k experts a token, or at the start."""
+    handed = _handed_on(job, parallel)
+    found = [stage_traffic(stage.job, parallel, handed, at_start=at_start) for stage in job.stages(parallel.pipeline)]
+    return max(found, key=lambda one: sum(astuple(one)))
+
+
+def stage_traffic(job: Job, parallel: ParallelConfig, handed: float, *, at_start: bool = False) -> Traffic:
+    """Of one rank of a stage, or without a pipeline of the model, that hands on so many bytes."""
     return Traffic(
-        all_to_all=_all_to_all(job, parallel, job.active_experts()[at_start]),
-        gathers=sum(unit_traffic(job, parallel).values()),
+        all_to_all=_all_to_all(job, parallel, job.active_experts[at_start]),
+        gathers=sum(sum(units) for units in unit_traffic(job, parallel).values()),
         replicas=_replicas(job, parallel),
         sequence=_sequence(job, parallel),
+        stages=handed,
     )
 
 
-def unit_traffic(job: Job, parallel: ParallelConfig) -> dict[str, float]:
+def unit_traffic(job: Job, parallel: ParallelConfig) -> dict[str, Units]:
     """Of the gathers and reductions: those of experts, and of all other parameters, whose groups differ."""
-    parts, moe_layers = Parts.of(job.model), job.model.num_moe_layers
+    parts, moe_layers = job.parts, job.model.num_moe_layers
+    gathers, steps = _gathers(job, parallel), _reductions(job, parallel)
     reduced = 2 if parallel.reduce == "bf16" else 4
-    a_parameter = job.compute_bytes * (2 if parallel.reshard else 1) + reduced
     others = job.model.num_layers * parts.attention // parallel.tensor
     others += (job.model.num_layers - moe_layers) * parts.dense
     experts = moe_layers * parts.experts // parallel.expert
-    ranks = parallel.shared_by
+    to_experts, to_others = _passed_on(parallel.shared_by // parallel.expert), _passed_on(parallel.shared_by)
     return {
-        "experts": _passed_on(ranks // parallel.expert) * a_parameter * experts,
-        "others": _passed_on(ranks) * (a_parameter * others + 8 * parts.root),
+        "experts": Units(to_experts * gathers * job.compute_bytes * experts, to_experts * steps * reduced * experts),
+        "others": Units(
+            to_others * (gathers * job.compute_bytes * others + steps * 4 * parts.root),
+            to_others * steps * (reduced * others + 4 * parts.root),
+        ),
     }
+
+
+def handed_bytes(job: Job, parallel: ParallelConfig) -> int:
+    """What one stage sends the next for a micro-batch, or gets back for it: hidden states, router state and loss."""
+    return HANDED_BYTES * (job.workload(parallel).num_tokens * (job.model.hidden_size + job.state_size) + 1)
+
+
+def _handed_on(job: Job, parallel: ParallelConfig) -> float:
+    """Of the busiest stage: one between two others sends both ways."""
+    return min(parallel.pipeline - 1, 2) * handed_bytes(job, parallel)
+
+
+def _gathers(job: Job, parallel: ParallelConfig) -> float:
+    """How often a layer's parameters are gathered in a micro-batch, on average.
+
+    A pipeline keeps them after each backward pass, until the next forward pass lets go of them: a gather for each
+    backward pass but one, and for the forward passes before the first of them.
+    """
+    if parallel.pipeline == 1:
+        return 2 if parallel.reshard else 1
+    in_step = job.num_micro_batches(parallel) + 1 if parallel.reshard else 1
+    return in_step * _reductions(job, parallel)
+
+
+def _reductions(job: Job, parallel: ParallelConfig) -> float:
+    """How often gradients are reduced in a micro-batch: in a pipeline once a step, at its end."""
+    return 1 if parallel.pipeline == 1 else 1 / job.num_micro_batches(parallel)
 
 
 def _passed_on(ranks: int) -> float:
@@ -66,8 +117,8 @@ def _all_to_all(job: Job, parallel: ParallelConfig, active_experts: int) -> floa
 
 
 def _replicas(job: Job, parallel: ParallelConfig) -> float:
-    shard = Parts.of(job.model).total / parallel.shared_by
-    return 2 * _passed_on(parallel.data_replicate) * 4 * shard
+    shard = job.parts.total / parallel.shared_by
+    return 2 * _passed_on(parallel.data_replicate) * 4 * shard * _reductions(job, parallel)
 
 
 def _sequence(job: Job, parallel: ParallelConfig) -> float:
