@@ -44,9 +44,9 @@ def test_the_parameters_of_stages_are_those_that_they_keep_of_a_model(tied: bool
     for stage in job(model).stages(3):
         with torch.device("meta"):
             part = ReMoEForCausalLM(model)
-        keep_part(part, layers_of_part(5, 3, stage.index))
-        counted[stage.index] = sum(parameter.numel() for parameter in part.parameters())
-        assert stage.job.parts.total == counted[stage.index], stage.index
+        keep_part(part, layers_of_part(5, 3, stage.first))
+        counted[stage.first] = sum(parameter.numel() for parameter in part.parameters())
+        assert stage.job.parts.total == counted[stage.first], stage.first
     assert len(counted) == 3, "first, middle, last"
 
 
@@ -55,17 +55,17 @@ def test_a_stage_of_the_character_model_leaves_the_head_and_its_bias_to_the_last
     for stage in job(model).stages(2):
         with torch.device("meta"):
             part = ReMoEForCausalLM(model)
-        keep_part(part, layers_of_part(2, 2, stage.index))
+        keep_part(part, layers_of_part(2, 2, stage.first))
         assert stage.job.parts.total == sum(parameter.numel() for parameter in part.parameters())
 
 
 def test_stages_that_cost_the_same_are_counted_together():
     stages = job(dataclasses.replace(SMALL, num_layers=10)).stages(4)
-    assert [(stage.index, stage.count, stage.job.model.num_layers) for stage in stages] == [
+    assert [(stage.first, stage.num_alike, stage.job.model.num_layers) for stage in stages] == [
         (0, 1, 3), (1, 1, 3), (2, 1, 2), (3, 1, 2),
     ]  # fmt: skip
     stages = job(dataclasses.replace(SMALL, num_layers=32)).stages(8)
-    assert [(stage.index, stage.count) for stage in stages] == [(0, 1), (1, 6), (7, 1)]
+    assert [(stage.first, stage.num_alike) for stage in stages] == [(0, 1), (1, 6), (7, 1)]
 
 
 def test_stages_hold_their_own_layers_only():

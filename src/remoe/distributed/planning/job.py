@@ -148,9 +148,9 @@ class Stage(NamedTuple):
 
     job: Job
     """The stage's layers as a model."""
-    index: int
+    first: int
     """The number of the first such stage, in which most is under way."""
-    count: int
+    num_alike: int
 
 
 class _Kind(NamedTuple):

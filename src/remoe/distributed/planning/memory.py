@@ -41,7 +41,7 @@ def gpu_memory(job: Job, parallel: ParallelConfig) -> GpuMemory:
 
 def _stage_memory(stage: Stage, parallel: ParallelConfig, whole: Job) -> GpuMemory:
     job = stage.job
-    under_way = min(parallel.pipeline - stage.index, job.num_micro_batches(parallel))  # 1F1B: the first stage has most
+    under_way = min(parallel.pipeline - stage.first, job.num_micro_batches(parallel))  # 1F1B: the first stage has most
     kept = job.memory(job.workload(parallel), under_way)
     if parallel.data_replicate * parallel.shared_by * parallel.pipeline == 1:
         state, gathered = STATE_BYTES * job.parts.total, kept.compute_copies

@@ -60,7 +60,7 @@ def step_time(job: Job, parallel: ParallelConfig, gpus: Machine, *, at_start: bo
     stages, handed = job.stages(parallel.pipeline), handed_bytes(job, parallel)
     times = [_micro_batch_time(stage.job, parallel, gpus, handed, at_start) for stage in stages]
     slowest = max(times, key=lambda one: one.total)
-    bubble = sum(stage.count * one.total for stage, one in zip(stages, times, strict=True)) - slowest.total
+    bubble = sum(stage.num_alike * one.total for stage, one in zip(stages, times, strict=True)) - slowest.total
     optimizer = OPTIMIZER_BYTES * max(_shard(stage.job, parallel) for stage in stages) / gpus["memory_rate"]
     num = job.num_micro_batches(parallel)
     return StepTime(
