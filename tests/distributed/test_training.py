@@ -1,4 +1,4 @@
-"""`remoe train` under torchrun: one run, whatever the number of processes."""
+"""`remoe train` on several processes: one run, whatever their number."""
 
 import json
 import os
@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tools.torchrun_workers import workers_of
 
+import remoe
 from remoe.config import to_yaml
 from remoe.training import TrainConfig, train
 from remoe.training.run import Run
 from tests.distributed.conftest import torchrun
+from tests.distributed.processes import forked
 from tests.training.conftest import batch, config, numbers, text  # noqa: F401
 
 pytestmark = pytest.mark.xdist_group("distributed")
 CONSTANT = {"schedule": "constant"}
 """A learning rate that does not depend on the number of steps."""
+Start = Callable[..., subprocess.CompletedProcess[str]]
 COMPARED = ("loss", "lm_loss", "grad_norm", "sparsity_l1", "valid_loss", "sparsity_coef")
 
 
@@ -31,8 +35,10 @@ def write_config(folder: Path, built: TrainConfig) -> str:
     return str(path)
 
 
-def remoe_train(num_processes: int, path: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return torchrun(num_processes, "-m", "remoe", "train", path, "--root", str(root), "--no-report", *more)
+def remoe_train(
+    num_processes: int, path: str, root: Path, *more: str, start: Start = forked
+) -> subprocess.CompletedProcess[str]:
+    return start(num_processes, "-m", "remoe", "train", path, "--root", str(root), "--no-report", *more)
 
 
 def start_training(num_processes: int, path: str, root: Path, *launcher: str) -> subprocess.Popen[str]:
@@ -103,6 +109,24 @@ def test_ranks_that_share_sequences_or_layers_train_and_validate_as_one_process(
     ]
     assert flips
     assert all(ours == pytest.approx(theirs, abs=1e-3) for ours, theirs in flips)
+
+
+@pytest.mark.slow
+def test_stages_make_the_hash_tables_of_their_own_layers_from_the_text(
+    config: Callable[..., TrainConfig], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    """Token ids are needed in every stage, and each layer has a table of its own."""
+    router = {"name": "hash", "table": "balanced", "per_layer": True}
+    settings = {"model": {"router": router}, "optimizer": CONSTANT, "train": {"micro_batch_size": 2}}
+    one = train(config(**settings), root=tmp_path / "one")
+    finished = remoe_train(2, write_config(tmp_path, config(**settings, parallel={"pipeline": 2})), tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr
+    assert_close(Run.open(tmp_path / "two" / "small").metrics(), one.metrics())
+    alone, stages = (remoe.load(tmp_path / name / "small").state_dict() for name in ("one", "two"))
+    tables = [name for name in alone if name.endswith("table")]
+    assert len(tables) > 1
+    assert all(torch.equal(stages[name], alone[name]) for name in tables)
+    assert not torch.equal(alone[tables[0]], alone[tables[-1]]), "layers differ"
 
 
 def test_the_same_layout_gives_the_same_bits_and_goes_on_with_them(
@@ -182,10 +206,16 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_with_the_same_bits(
 def test_a_mistake_is_said_once_and_nothing_is_written(
     config: Callable[..., TrainConfig], tmp_path: Path, changes: list[str], message: str  # noqa: F811
 ):  # fmt: skip
-    finished = remoe_train(2, write_config(tmp_path, config()), tmp_path / "runs", "--set", *changes)
+    path = write_config(tmp_path, config())
+    finished = remoe_train(2, path, tmp_path / "runs", "--set", *changes, start=torchrun)
     assert finished.returncode != 0
     said = [line for line in finished.stderr.splitlines() if line.startswith("remoe: ")]
     assert len(said) == 1
     assert message in said[0]
     assert "remoe/training" not in finished.stderr, "no traceback but torchrun's own"
+    before, _, after = finished.stderr.partition("Traceback (most recent call last)")
+    assert said[0] in before, "docs/how-to/scale-out.md says how to read it"
+    root_cause = after.partition("Root Cause")[2]
+    assert "exitcode  : 2 " in root_cause
+    assert finished.returncode == 1
     assert not (tmp_path / "runs").exists()
