@@ -50,7 +50,7 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"steps": 5}, "unknown key 'steps'; did you mean 'train.steps'?"),
         ({"model": {"lr": 1}}, "unknown key 'model.lr'; did you mean 'optimizer.lr'?"),
         ({"modell": {}}, "unknown key 'modell'; did you mean 'model'?"),
-        ({"model": {"hidden_size": "wide"}}, "model.hidden_size is 'wide': input should be a valid integer"),
+        ({"model": {"hidden_size": "wide"}}, "model.hidden_size is 'wide', must be a whole number; e.g. 256"),
         ({"model": {"top_k": 9}}, "model.top_k is 9, must be between 1 and num_experts = 8"),
         ({"model": {"granularity": 3}}, "model.granularity is 3, must divide intermediate_size = 512"),
         ({"model": {"num_heads": 3}}, "model.num_heads is 3, must divide model.hidden_size = 256"),
@@ -61,8 +61,16 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"model": {"router": "rellu"}}, "model.router is 'rellu', must be one of cosine, expert_choice, "),
         ({"model": {"router": {"name": "relu", "epz": 1}}}, "model.router 'relu' has no option 'epz'"),
         ({"optimizer": {"schedule": "cosin"}}, "cosine, linear, wsd, constant; did you mean 'cosine'?"),
-        ({"data": {"train": 3}}, "data.train is 3: "),
-        ({"model": 3}, "model is 3: "),
+        ({"model": {"num_layers": 2.5}}, "model.num_layers is 2.5, must be a whole number; e.g. 4"),
+        ({"model": {"vocab_size": "x"}}, "model.vocab_size is 'x', must be a whole number or null; e.g. 4"),
+        ({"model": {"moe_layers": ["x"]}}, "moe_layers is ['x'], must be text or a list of whole numbers; e.g. all"),
+        ({"model": {"router": {"name": "relu", "eps": "x"}}}, "router option eps is 'x', must be a number; e.g. 0.1"),
+        ({"train": {"compile": "maybe"}}, "train.compile is 'maybe', must be true or false; e.g. false"),
+        ({"train": {"sinks": [3]}}, "train.sinks holds 3, must be a list of texts"),
+        ({"train": {"steps": "9" * 5000}}, "9…, must be a whole number; e.g. 300"),
+        ({"data": {"train": 3}}, "data.train is 3, must be text, a list of texts or a list of mappings; e.g. embedded"),
+        ({"model": 3}, "model is 3, must be a section of keys; e.g. model.hidden_size=256"),
+        ({1: 2}, "unknown key '1'; allowed: data, "),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan, must be at least 0.0"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr is inf, must be at least 0.0"),
         ({"name": "../up"}, "name is '../up'"),
@@ -73,6 +81,12 @@ def test_what_does_not_fit_gives_one_line_with_key_and_fix(values, message):
         from_dict(TrainConfig, values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_too_long_to_be_printed_is_one_line(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"seed: 0x{'f' * 5000}\n")
+    with pytest.raises(ConfigError, match="holds a whole number of 20000 bits, must be at most 1024"):
+        read_config(str(tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize("values", [{"optimizer": {"schedule": "zzz"}}, {"model": {"router": "zzz"}}])

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from remoe.errors import ConfigError, nearest, one_of
 
@@ -15,8 +16,19 @@ Config = TypeVar("Config")
 
 MOST_VALUES = 100_000
 """In one config; lists of layers are the longest things in it."""
+MOST_BITS = 1024
+"""Of a whole number in one: as large as a float's exponent allows; Python does not print numbers without bounds."""
 LARGEST_SIZE = 10**6
 """Of a width or a number of layers, heads, experts, …: beyond any model, and the products of three still fit int64."""
+
+LONGEST_VALUE = 80
+"""Characters of a wrong value that a message repeats."""
+
+_WORDS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "4"), float: ("a number", "0.1"), bool: ("true or false", "true"), str: ("text", "name"),
+    dict: ("a mapping", "{key: value}"), Path: ("a path", "folder"), type(None): ("null", "null"),
+}  # fmt: skip
+_PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a mapping": "mappings"}
 
 
 def setting(default: Any, help: str) -> Any:
@@ -115,8 +127,8 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
 
     try:
         return _adapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(_misfit(key, error.errors()[0])) from None
+    except ValidationError:
+        raise ConfigError(f"{key} is {_short(value)}, {_must_be(kind)}") from None
 
 
 def check_range(key: str, value: float, low: float, high: float = float("inf"), fix: str = "") -> None:
@@ -169,6 +181,8 @@ def _check_bounded(what: str, values: Any) -> None:
     waiting, left = [values], MOST_VALUES
     while waiting:
         value, left = waiting.pop(), left - 1
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise ConfigError(f"{what} holds a whole number of {value.bit_length()} bits, must be at most {MOST_BITS}")
         if left < 0:
             raise ConfigError(f"{what} unfolds to more than {MOST_VALUES} values; write out what its aliases stand for")
         waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
@@ -182,16 +196,20 @@ def _number_or_text(text: str) -> float | str:
 
 
 def _explain(cls: type, error: Any) -> str:
-    """One line from pydantic's first finding: dotted key, what is wrong, what is allowed."""
+    """One line about pydantic's first finding: dotted key, what is wrong, what is allowed, what would fit."""
     cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
+    if cause is not None:  # what a __post_init__ raised
         return str(cause)
     sections, path = _locate(cls, error["loc"])
-    key = ".".join(path)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        allowed = [field.name for field in dataclasses.fields(sections[-1])]
-        return f"unknown key {key!r}; {_of_another_section(cls, path[-1]) or nearest(path[-1], allowed)}"
-    return _misfit(key, error)
+    key, last, depth = ".".join(path), path[-1], len(path)
+    if len(sections) > depth:
+        return f"{key} is {_short(error['input'])}, must be a section of keys; e.g. {key}.{_first_key(sections[-1])}"
+    fields = {field.name: field for field in dataclasses.fields(sections[-1])}
+    if last not in fields:
+        return f"unknown key {key!r}; {_of_another_section(cls, last) or nearest(last, fields)}"
+    is_item = any(isinstance(part, int) for part in error["loc"][depth:])  # of a list
+    allowed = _must_be(get_type_hints(sections[-1])[last], fields[last].default)
+    return f"{key} {'holds' if is_item else 'is'} {_short(error['input'])}, {allowed}"
 
 
 def _of_another_section(cls: type, name: str) -> str:
@@ -200,8 +218,35 @@ def _of_another_section(cls: type, name: str) -> str:
     return f"did you mean {' or '.join(found)}?" if found else ""
 
 
-def _misfit(key: str, error: Any) -> str:
-    return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _first_key(section: type) -> str:
+    key, default, _ = next(entry for entry in describe_keys(section) if entry[1] is not None)
+    return f"{key}={_as_yaml(default)}"
+
+
+def _must_be(kind: Any, default: Any = None) -> str:
+    """What values of a type are allowed, and one of them: the default where there is one to show."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words, examples = zip(*map(_described, kinds), strict=True)
+    allowed = f"{', '.join(words[:-1])} or {words[-1]}" if words[1:] else words[0]
+    shows_default = isinstance(default, (str, int, float)) and default != ""
+    return f"must be {allowed}; e.g. {_as_yaml(default) if shows_default else examples[0]}"
+
+
+def _described(kind: Any) -> tuple[str, str]:
+    """What a type is called in messages, and an example of it."""
+    if get_origin(kind) is list:
+        word, example = _described(get_args(kind)[0])
+        return f"a list of {_PLURALS.get(word, word)}", f"[{example}]"
+    return _WORDS.get(get_origin(kind) or kind, (str(kind), "null"))
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def _locate(cls: type, location: Sequence[Any]) -> tuple[list[type], list[str]]:
