@@ -101,8 +101,16 @@ def gathers() -> dict[str, Any]:
         with counted() as counts:
             take_step(stepper, 2)
         units = [unit for unit in stepper.model.modules() if isinstance(unit, FSDPModule)]
-        found[str(reshard)] = counts | {"units": len(units) - 1}
+        found[str(reshard)] = counts | {"units": len(units) - 1, "received": received_bytes(stepper)}
     return found
+
+
+def received_bytes(stepper: Stepper) -> int:
+    """Of torch's buffers for what other stages send this one."""
+    stage = stepper.pipelined._schedule._schedule._stage  # pyright: ignore
+    infos = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+    buffers = [info.buffer for of_micro_batch in infos for info in of_micro_batch if info.buffer is not None]
+    return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 
 from remoe.model import ReMoEConfig, ReMoEForCausalLM
 from remoe.model.part import keep_part, layers_of_part
-from tests.distributed.cases_numbers import TOLERANCE
+from tests.distributed.cases_numbers import LENGTH, TOLERANCE
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -55,6 +55,7 @@ def test_a_stage_gathers_its_units_and_reduces_their_gradients_as_often_as_plans
         assert found["True"]["gathered"] == (8 + 1) * units + root, "a time for each of 8 micro-batches, and one more"
         assert found["False"]["gathered"] == units + root
         assert [counts["reduced"] for counts in found.values()] == [units + root] * 2
+        assert found["True"]["received"] == 8 * 4 * (LENGTH * 16 + 1), "16 numbers a token, and the loss, in fp32"
 
 
 def test_layers_are_spread_evenly_and_the_last_stage_has_no_more_than_others():

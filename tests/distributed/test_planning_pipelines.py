@@ -160,6 +160,52 @@ def test_uneven_stages_go_at_the_pace_of_the_slowest():
     assert found.total == pytest.approx(3 * a + 7 * 2 * a, rel=0.01)
 
 
+@pytest.mark.parametrize("num_layers", [4, 6, 7, 9, 11])
+@pytest.mark.parametrize("micro_batches", [4, 8, 16])
+def test_a_step_takes_no_longer_than_planned_and_as_long_where_stages_are_even(num_layers: int, micro_batches: int):
+    """Beside the passes of 1F1B played through, each begun as soon as it can be; a layer takes what the host takes, a
+    third of it for the forward pass. Uneven stages gain at most what the fastest is ahead, in each other stage.
+    """
+    gpus = machine()
+    layers = [len(layers_of_part(num_layers, 4, stage)) for stage in range(4)]
+    model = dataclasses.replace(SMALL, num_layers=num_layers)
+    found = step_time(job(model, batch_size=micro_batches), layout(4, pipeline=4), gpus)
+    a_layer = gpus["attention_host"] + gpus["expert_host"]
+    played = makespan([float(size) for size in layers], micro_batches)
+    planned = (found.total - found.optimizer) / a_layer
+    gain = 3 * (max(layers) - min(layers))
+    assert 0.99 * played < planned < 1.01 * (played + gain)
+
+
+def makespan(seconds: list[float], micro_batches: int) -> float:
+    """When the last pass ends, of stages that take so long for both passes of a micro-batch."""
+    ends: dict[tuple[str, int, int], float] = {}
+    queues = [one_forward_one_backward(len(seconds) - 1 - stage, micro_batches) for stage in range(len(seconds))]
+    clocks = [0.0] * len(seconds)
+    while any(queues):
+        for stage, queue in enumerate(queues):
+            while queue:
+                kind, number = queue[0]
+                before = stage - 1 if kind == "forward" else stage + 1
+                is_end = before in (-1, len(seconds))
+                if not is_end and (kind, number, before) not in ends:
+                    break
+                start = max(clocks[stage], 0.0 if is_end else ends[kind, number, before])
+                clocks[stage] = start + seconds[stage] * (1 / 3 if kind == "forward" else 2 / 3)
+                ends[kind, number, stage] = clocks[stage]
+                queue.pop(0)
+    return max(clocks)
+
+
+def one_forward_one_backward(warm_up: int, micro_batches: int) -> list[tuple[str, int]]:
+    """A stage's passes in their order."""
+    ahead = min(warm_up, micro_batches)
+    passes = [("forward", number) for number in range(ahead)]
+    for number in range(ahead, micro_batches):
+        passes += [("forward", number), ("backward", number - ahead)]
+    return passes + [("backward", number) for number in range(micro_batches - ahead, micro_batches)]
+
+
 def test_stages_pass_on_over_the_slowest_link_between_them():
     gpus = machine()
     host, network = gpus["host_link"], gpus["network_link"]
