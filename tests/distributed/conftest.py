@@ -1,4 +1,4 @@
-"""Starts worker.py on several processes, once for all the tests that look at its results."""
+"""Runs worker.py on several processes, once for all the tests that look at its results."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.distributed.processes import forked
 
 WORKER = Path(__file__).parent / "worker.py"
 Results = dict[str, Any]
@@ -34,12 +36,12 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result
     """`results_of(2, "case", …)`: what each case of worker.py returned on two processes, started once."""
     done: dict[tuple[Any, ...], Results] = {}
 
-    def run(num_processes: int, *cases: str, timeout: float = 120) -> Results:
+    def run(num_processes: int, *cases: str, timeout: float = 280) -> Results:
         key = (num_processes, *cases)
         if key not in done:
             output = tmp_path_factory.mktemp("worker") / "results.json"
             command = (str(WORKER), str(output), *cases)
-            finished = torchrun(num_processes, *command, timeout=timeout, FOLDER=str(output.parent))
+            finished = forked(num_processes, *command, timeout=timeout, FOLDER=str(output.parent))
             assert finished.returncode == 0, finished.stderr[-4000:]
             done[key] = json.loads(output.read_text())
         return done[key]
