@@ -38,6 +38,39 @@ def test_a_chosen_density_is_saved(remoe, own_run, tmp_path):
     assert remoe("generate", "sparser", "--prompt", "Line", "--max-new-tokens", 4).code == 0
 
 
+def test_one_number_for_all_layers_is_saved_where_it_is_wished(remoe, own_run, tmp_path):
+    outcome = remoe("density", own_run, "--choose", "0.25", "--to", "sparser", "--one-number", *FEW, "--json")
+    (point,) = [point for point in json.loads(outcome.out)["points"] if point["kind"] == "one_number"]
+    assert load(tmp_path / "sparser").config.thresholds == point["thresholds"]
+    assert len(set(point["thresholds"])) == 1
+
+
+@pytest.mark.heavy
+def test_a_converted_model_of_transformers_has_the_same_dial(remoe, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.OlmoeConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=256, bos_token_id=256,
+        eos_token_id=256, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path / "olmoe")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Line {i}, {i * i} is its square." for i in range(200)))
+    text = ("--data", "text.txt", "--sequence-length", 32)
+    asked = ("--tokenizer", "bytes", "--calibration-sequences", 24, "--sequences", 4)
+    assert remoe("convert", "olmoe", "--to", "relu", *text, *asked).code == 0
+    outcome = remoe("density", "relu", *text, *FEW, "--targets", "0.5,3", "--choose", "1", "--to", "sparser")
+    assert outcome.code == 0, outcome.err
+    assert sum(line.startswith("per layer") for line in outcome.out.splitlines()) == 3
+    points = json.loads((tmp_path / "relu" / "density.json").read_text())["points"]
+    (chosen,) = [point for point in points if (point["kind"], point["target"]) == ("per_layer", 1)]
+    assert json.loads((tmp_path / "sparser" / "config.json").read_text())["thresholds"] == chosen["thresholds"]
+    scores = json.loads(remoe("eval", "sparser", *text, "--sequences", 8, "--json").out)
+    assert scores["active_experts"] == pytest.approx(1, abs=0.2)
+    outcome = remoe("eval", "sparser", "--tasks", "piqa")
+    assert outcome.code == 2
+    assert "--model hf --model_args pretrained=sparser,trust_remote_code=True" in outcome.err
+
+
 def test_generate_takes_one_number_for_all_layers(remoe, own_run):
     asked = ("generate", own_run, "--prompt", "Line", "--max-new-tokens", 12, "--temperature", 0)
     assert remoe(*asked, "--threshold", 0).out == remoe(*asked).out
@@ -58,6 +91,8 @@ def test_eval_takes_one_number_for_all_layers(remoe, own_run):
     ("arguments", "message"),
     [
         (("--choose", "0.5"), "--choose and --to go together"),
+        (("--one-number",), "--one-number needs --choose: it says which thresholds are saved"),
+        (("--sequence-length", "16"), "--sequence-length needs --data"),
         (("--targets", "some"), "--targets is 'some', must be numbers such as 0.5,1,1.5"),
         (("--targets", "99"), "a target is 99.0, must be between 0 and the layer's"),
         (("--choose", "0.5", "--to", "runs"), "--to is runs, which holds files, must be new or empty"),

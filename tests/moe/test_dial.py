@@ -100,9 +100,17 @@ def test_one_pass_finds_thresholds_with_which_each_layer_has_the_wished_density(
 def test_tokens_that_do_not_count_have_no_say():
     model, hidden_TH = TwoLayers(), torch.randn(100, 8)
     mask_T = torch.arange(100) < 40
-    with dial.choosing_thresholds(model, [1.5, 3.0]):
+    with dial.choosing_thresholds(model, [1.5, 3.0], mask_T):
         chosen = model(hidden_TH, RouterContext(token_mask_T=mask_T))
     assert [int(routing.routing_map_TE.sum()) for routing in chosen] == [60, 120]
+
+
+def test_what_routers_return_is_recorded_while_the_context_is_open():
+    model, hidden_TH = TwoLayers(), torch.randn(10, 8)
+    with dial.recorded(model) as outputs:
+        first, second = model(hidden_TH)
+    model(hidden_TH)
+    assert [output is routing for output, routing in zip(outputs, (first, second), strict=True)] == [True, True]
 
 
 def test_thresholds_come_back_after_a_look_with_others():

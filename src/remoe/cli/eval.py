@@ -67,16 +67,23 @@ def _refuse(why: str, options: dict[str, Any]) -> None:
 
 
 def _task_scores(path: Path, tasks: list[str], data: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from remoe.convert.either import is_converted
     from remoe.eval.harness import HarnessConfig, evaluate_tasks
 
+    if is_converted(path):
+        raise ConfigError(
+            f"--tasks is for models of ours, {path} is one of transformers; use python -m remoe.eval.harness "
+            f"--model hf --model_args pretrained={path},trust_remote_code=True"
+        )
     return evaluate_tasks(path, tasks, data, HarnessConfig(**options))
 
 
 def _text_scores(path: Path, text: "DataConfig | None", options: dict[str, Any]) -> Any:
+    from remoe.convert.either import load_either
     from remoe.eval import evaluate_checkpoint
 
     try:
-        return evaluate_checkpoint(path, text, **options)
+        return evaluate_checkpoint(path, text, load=load_either, **options)
     except DataError as error:
         raise DataError(str(error).replace("data.validation", "--data")) if text else error from None
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from remoe.convert.agreement import Conversion, measure_agreement
+from remoe.convert.either import model_type_of
 from remoe.convert.native import from_transformers, missing_in_native, to_transformers
 from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
@@ -54,7 +55,7 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
         result = _to_topk(model, source, to, config.tokenizer)
     elif not is_ours and missing_in_native(model.config) is not None:
         converted, result = _foreign().swap_gates(model, _text(source, config, model.config.vocab_size))
-        _foreign().save_converted(converted, source, to)
+        _foreign().save_converted(converted, source, to, config.tokenizer)
     else:
         own = model if is_ours else from_transformers(model)
         converted, result = _native(own, source, config)
@@ -69,14 +70,6 @@ def _foreign() -> ModuleType:
     from remoe.convert import foreign  # needs transformers, an extra that our own checkpoints do without
 
     return foreign
-
-
-def model_type_of(source: Path) -> str | None:
-    """The model type in a folder's config.json; None where it has none."""
-    try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple[ReMoEForCausalLM, Conversion]:
@@ -109,8 +102,8 @@ def _to_topk(model: Any, source: Path, to: Path, tokenizer: str | None) -> Conve
 def _text(source: Path, config: ConvertConfig, vocab_size: int) -> ConversionText:
     run = run_of(source)
     if config.data is not None:
-        data = text_beside(source, config.data, config.sequence_length)
-        data = replace(data, tokenizer=tokenizer_beside(source, config.tokenizer))
+        tokenizer = tokenizer_beside(source, config.tokenizer)
+        data = text_beside(source, config.data, config.sequence_length, tokenizer)
     elif run is not None:
         data = run.config.data
     else:

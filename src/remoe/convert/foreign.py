@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from remoe.data import load_tokenizer
+from remoe.data.tokenizer import CARD
 from remoe.errors import CheckpointError, ConfigError, MissingExtraError, one_of
 
 try:
@@ -21,18 +23,19 @@ from remoe.convert.modeling_relu_moe import FAMILIES, topk_gates
 from remoe.convert.relu_gate import ReLUGate, TopKTokens
 from remoe.convert.swap import Gates, StandIns
 from remoe.convert.text import ConversionText
+from remoe.export import write_tokenizer
 
 _CODE = Path(modeling_relu_moe.__file__).stem
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+TOKENIZER_FILES = (CARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
                    "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 _FOLDED = "e_score_correction_bias"
 """A buffer of DeepSeek-V3's gate that the fit has taken in."""
 
 
-def load_source(source: Path) -> Any:
+def load_source(source: Path, model_class: Any = AutoModelForCausalLM) -> Any:
     """The transformers model at `source`, in eval mode and its own dtype."""
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).eval()
+        return model_class.from_pretrained(source, dtype="auto", local_files_only=True).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
 
@@ -130,12 +133,14 @@ def _copy_buffers(source: Any, converted: Any) -> None:
             module.original_inv_freq = modules[name].original_inv_freq
 
 
-def save_converted(converted: Any, source: Path, to: Path) -> None:
-    """Write the model with its code, and the source's tokenizer files."""
+def save_converted(converted: Any, source: Path, to: Path, tokenizer: str | None = None) -> None:
+    """Write the model with its code and the source's tokenizer files; where it has none, those of `tokenizer`."""
     converted.save_pretrained(to)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, to / name)
+    beside = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in beside:
+        shutil.copyfile(source / name, to / name)
+    if tokenizer is not None and not beside:
+        write_tokenizer(load_tokenizer(tokenizer), to, None)
 
 
 def _logits(model: Any) -> Logits:

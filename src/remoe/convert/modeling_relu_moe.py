@@ -8,12 +8,13 @@ Shapes: T tokens, H hidden, E experts, L MoE layers.
 """
 
 import importlib
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +48,19 @@ class ReLUMoEOutput(MoeCausalLMOutputWithPast):
     """0-dim int64: tokens that count."""
 
 
+class GateOutput(NamedTuple):
+    """What a gate returns, in the order of the router it stands for, with a column for each of the E experts."""
+
+    logits_TE: Tensor
+    weights_TE: Tensor
+    """0 where an expert is closed."""
+    index_TE: Tensor
+
+
 class ReLUGate:
     """Mixed into a family's Top-K router: R = ReLU(X W^T + b), weights R / rms(R) * scale, in fp32 or wider.
 
-    Returns (logits, weights, index) as the router it stands for, with a column for each of the E experts; the weight is
-    0 where an expert is closed. `threshold` is the density dial: logits must be above it; below 0 it is also taken off.
+    `threshold` is the density dial: logits must be above it; below 0 it is also taken off.
     """
 
     weight: nn.Parameter
@@ -59,7 +68,7 @@ class ReLUGate:
     scale: nn.Parameter
     threshold: float
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor) -> GateOutput:
         """Route hidden_states [..., H] as T tokens."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -69,7 +78,7 @@ class ReLUGate:
         mean_square_T1 = gates_TE.square().mean(dim=-1, keepdim=True)
         weights_TE = gates_TE * torch.rsqrt(mean_square_T1 + EPS) * self.scale.to(dtype)
         index_TE = torch.arange(weights_TE.shape[1], device=weights_TE.device).expand_as(weights_TE)
-        return logits_TE, weights_TE.to(hidden_states.dtype), index_TE
+        return GateOutput(logits_TE, weights_TE.to(hidden_states.dtype), index_TE)
 
 
 def open_gates(logits_TE: Tensor, threshold: float) -> Tensor:
@@ -112,6 +121,8 @@ class ReLUMoE(_Mixed):
     def set_thresholds(self, thresholds: float | list[float]) -> None:
         """Turn the density dial: one number, or one for each MoE layer. It is saved with the model."""
         each = thresholds if isinstance(thresholds, list) else [thresholds] * len(self.gates)
+        if not all(math.isfinite(threshold) for threshold in each):
+            raise ValueError(f"thresholds is {thresholds}, must be finite")
         if len(each) != len(self.gates):
             raise ValueError(f"thresholds has {len(each)} numbers, must be one, or one for each of {len(self.gates)}")
         self.config.thresholds = thresholds

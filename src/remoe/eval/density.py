@@ -13,12 +13,12 @@ from remoe.data import Batch, DataConfig
 from remoe.data.sampler import NO_LABEL, joined
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.eval.cut_costs import Cut, cheapest_density
-from remoe.eval.held_out import Opened, open_model_and_text
+from remoe.eval.held_out import Load, Opened, open_model_and_text
 from remoe.export import check_new, write_export
-from remoe.model import ReMoEForCausalLM
 from remoe.model.thresholds import set_thresholds
-from remoe.moe import dial, stats
+from remoe.moe import dial
 from remoe.training.loading import load
+from remoe.training.micro_batch import to_device
 from remoe.training.saved import run_of, tokenizer_of
 from remoe.training.validation import evaluating, token_mask
 
@@ -63,9 +63,9 @@ class DensityCurve:
         """The points of one kind, and the trained one, which belongs to each."""
         return [point for point in self.points if point.kind in (kind, TRAINED)]
 
-    def at(self, target: float) -> DensityPoint:
-        """The per-layer thresholds that were chosen for a target."""
-        return next(point for point in self.points if point.kind == PER_LAYER and point.target == target)
+    def at(self, target: float, kind: str = PER_LAYER) -> DensityPoint:
+        """The thresholds that were chosen for a target."""
+        return next(point for point in self.points if (point.kind, point.target) == (kind, target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ def measure_density(
     data: DataConfig | None = None,
     config: DensityConfig | None = None,
     report: Callable[[str], None] = lambda line: None,
+    load: Load = load,
 ) -> DensityCurve:
     """Measure the curve of a run, checkpoint or export on its own validation text, or on `data`.
 
@@ -94,7 +95,7 @@ def measure_density(
     that it cannot reach, DataError for too short a text, and what `evaluate_checkpoint` raises.
     """
     config = config or DensityConfig()
-    opened = open_model_and_text(Path(path), data, config.device)
+    opened = open_model_and_text(Path(path), data, config.device, load)
     _check(opened.model, config.targets)
     batches = list(opened.sequences(config.calibration_sequences + config.sequences, 1))
     if len(batches) <= config.calibration_sequences:
@@ -103,52 +104,56 @@ def measure_density(
             "choose thresholds; give a longer text or lower --calibration-sequences"
         )
     first, rest = batches[: config.calibration_sequences], batches[config.calibration_sequences :]
-    return _Meter(opened, joined(first), _in_batches(rest, config.batch_size), report).curve(config.targets)
+    texts = [_in_batches(part, config.batch_size) for part in (first, rest)]
+    return _Meter(opened, *texts, report).curve(config.targets)
 
 
 class _Meter:
     """A model, text to choose thresholds on, and other text to measure them on."""
 
     def __init__(
-        self, opened: Opened, calibration: Batch, batches: list[Batch], report: Callable[[str], None]
+        self, opened: Opened, calibration: list[Batch], batches: list[Batch], report: Callable[[str], None]
     ) -> None:  # fmt: skip
         self.opened = opened
         self.model = opened.model
+        self.experts = _experts(self.model)
         self.calibration = calibration
+        self.together = to_device(joined(calibration), next(self.model.parameters()).device)
+        self.mask_BS = token_mask(self.together)
+        self.counted_T = None if self.mask_BS is None else self.mask_BS.flatten()
         self.batches = batches
         self.report = report
         self.saved = dial.thresholds(self.model)
-        self.num_experts = self.model.config.moe.routed_experts
 
     def curve(self, targets: Sequence[float]) -> DensityCurve:
         """All points; the model is left as it was."""
+        num_experts = self.experts.routed_experts
         logits, trained_L = self._look()
         trained = self._measure(TRAINED, None)
         mean = sum(trained_L) / len(trained_L)
-        targets = targets or [round(share * mean, 3) for share in SHARES if share * mean <= self.num_experts]
+        targets = targets or [round(share * mean, 3) for share in SHARES if share * mean <= num_experts]
         cuts_L = self._all_cuts(trained_L) if min(targets) < mean else []
         points = [trained]
         for target in targets:
-            wished_L = cheapest_density(trained_L, cuts_L, target, self.num_experts)
+            wished_L = cheapest_density(trained_L, cuts_L, target, num_experts)
             points.append(self._measure(PER_LAYER, target, self._choose(wished_L)))
-            shared = dial.threshold_for(logits, round(target * logits.numel() / self.num_experts))
+            shared = dial.threshold_for(logits, round(target * logits.numel() / num_experts))
             points.append(self._measure(ONE_NUMBER, target, [shared] * len(trained_L)))
         return DensityCurve(
-            num_experts=self.num_experts,
-            top_k=self.model.config.moe.routed_top_k,
-            calibration_tokens=_num_labels([self.calibration]),
+            num_experts=num_experts,
+            top_k=self.experts.routed_top_k,
+            calibration_tokens=_num_labels(self.calibration),
             tokens=_num_labels(self.batches),
             points=tuple(sorted(points, key=lambda point: point.active_experts)),
         )
 
     def _look(self) -> tuple[torch.Tensor, list[float]]:
         """All routers' logits on the calibration text, and the experts a token that each layer uses."""
-        routings = [routing for routing in self._route() if routing is not None]
-        counted = [
-            routing.logits_TE if routing.token_mask_T is None else routing.logits_TE[routing.token_mask_T]
-            for routing in routings
-        ]
-        return torch.cat(counted), [float(stats.density(routing)) * self.num_experts for routing in routings]
+        with dial.recorded(self.model) as outputs:
+            self._route()
+        logits_L = [dial.counted(output.logits_TE, self.counted_T) for output in outputs]
+        saved_L = zip(logits_L, self.saved, strict=True)
+        return torch.cat(logits_L), [int((logits_TE > least).sum()) / len(logits_TE) for logits_TE, least in saved_L]
 
     def _all_cuts(self, trained_L: list[float]) -> list[list[Cut]]:
         base = self._calibration_loss()
@@ -166,8 +171,9 @@ class _Meter:
 
     def _choose(self, wished_L: list[float]) -> list[float]:
         """The thresholds that give each layer so many experts a token on the calibration text."""
-        with dial.thresholds_at(self.model, self.saved), dial.choosing_thresholds(self.model, wished_L):
-            self._route()
+        with dial.thresholds_at(self.model, self.saved):
+            with dial.choosing_thresholds(self.model, wished_L, self.counted_T):
+                self._route()
             return dial.thresholds(self.model)
 
     def _measure(self, kind: str, target: float | None, thresholds: list[float] | None = None) -> DensityPoint:
@@ -185,17 +191,13 @@ class _Meter:
         return point
 
     def _calibration_loss(self) -> float:
-        return self.opened.evaluate([self.calibration])["loss"]
+        return self.opened.evaluate(self.calibration)["loss"]
 
-    def _route(self) -> tuple[Any, ...]:
-        device = next(self.model.parameters()).device
-        batch, mask_BS = Batch(*(part.to(device) for part in self.calibration)), token_mask(self.calibration)
-        document_BS = batch.document_BS if self.opened.config.data.document_mask else None
+    def _route(self) -> None:
+        """Let all routers see the calibration text in one call."""
+        document_BS = self.together.document_BS if self.opened.config.data.document_mask else None
         with evaluating(self.model):
-            output = self.model(
-                batch.tokens_BS, None if mask_BS is None else mask_BS.to(device), document_BS=document_BS
-            )
-        return output.routings
+            self.model(self.together.tokens_BS, self.mask_BS, document_BS=document_BS)
 
 
 def save_curve(curve: DensityCurve, path: Path) -> None:
@@ -226,8 +228,13 @@ def curve_from(values: dict[str, Any]) -> DensityCurve:
     return DensityCurve(**{**values, "points": points})
 
 
-def _check(model: ReMoEForCausalLM, targets: Sequence[float]) -> None:
-    num_experts = model.config.moe.routed_experts
+def _experts(model: Any) -> Any:
+    """The counts of a model's experts: in its config, or that of its MoE layers."""
+    return getattr(model.config, "moe", model.config)
+
+
+def _check(model: Any, targets: Sequence[float]) -> None:
+    num_experts = _experts(model).routed_experts
     if not dial.dials(model):
         router = model.config.moe.router_name if model.config.num_moe_layers else "dense"
         raise ConfigError(

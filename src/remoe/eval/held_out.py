@@ -2,15 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open_validation, validation_batches
-from remoe.errors import ConfigError
+from remoe.data.tokenizer import CARD
+from remoe.errors import CheckpointError, ConfigError
 from remoe.eval.text_size import TextSize, sizes_by_domain
-from remoe.model import ReMoEForCausalLM
 from remoe.model.thresholds import set_thresholds
 from remoe.training.config import TrainConfig
 from remoe.training.loading import config_of, find_checkpoint, is_export, load, load_checkpoint
@@ -20,6 +20,10 @@ from remoe.training.setup import pick_device
 from remoe.training.validation import evaluate
 
 AnyText = Corpus | HeldOutText
+Load = Callable[[Path], Any]
+"""What makes a model of a folder that is no run or checkpoint: `load`, or one that knows more kinds of folder. The
+model is called as one of ours is.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ def evaluate_checkpoint(
     batch_size: int = 16,
     device: str = "auto",
     threshold: float | None = None,
+    load: Load = load,
 ) -> Evaluation:
     """Score a run, a checkpoint or an export on the validation part of its own data, or of `data`.
 
@@ -65,7 +70,7 @@ def evaluate_checkpoint(
     run's own tokenizer; of `data` with a validation text nothing else is read. `threshold` is the density dial, for all
     layers in place of the saved ones. Raises ConfigError, DataError or CheckpointError for what does not fit together.
     """
-    opened = open_model_and_text(Path(path), data, device)
+    opened = open_model_and_text(Path(path), data, device, load)
     if threshold is not None:
         set_thresholds(opened.model, threshold)
     batches = list(opened.sequences(num_sequences, batch_size))
@@ -75,7 +80,8 @@ def evaluate_checkpoint(
 class Opened(NamedTuple):
     """A saved model on its device, the settings to evaluate it with, and the text to do it on."""
 
-    model: ReMoEForCausalLM
+    model: Any
+    """Ours, or what is called as ours is."""
     config: TrainConfig
     corpus: AnyText
 
@@ -99,20 +105,34 @@ class Opened(NamedTuple):
         )
 
 
-def open_model_and_text(path: Path, data: DataConfig | None, device: str) -> Opened:
+def open_model_and_text(path: Path, data: DataConfig | None, device: str, load: Load = load) -> Opened:
     """What `evaluate_checkpoint` scores, with its errors."""
     target = pick_device(device)
-    model, config = _open(path, data)
+    model, config = _open(path, data, load)
     corpus = open_corpus(config.data) if data is None else open_validation(config.data)
     _check_vocabulary(model, corpus, path)
     return Opened(model.to(target), config, corpus)
 
 
-def text_beside(path: Path, text: str, sequence_length: int | None = None) -> DataConfig:
-    """The data settings of saved weights with `text` as validation text; an export has its tokenizer with it."""
+def text_beside(
+    path: Path, text: str, sequence_length: int | None = None, tokenizer: str | None = None
+) -> DataConfig:  # fmt: skip
+    """The data settings of saved weights with `text` as validation text.
+
+    `tokenizer` is a setting; None: the run's own, or the one that is in an export, CheckpointError where there is none.
+    """
     run = run_of(path)
-    own = run.config.data if run else DataConfig(tokenizer=str(path))
-    return dataclasses.replace(own, validation=text, sequence_length=sequence_length or own.sequence_length)
+    own = run.config.data if run else DataConfig(tokenizer=tokenizer or _tokenizer_in(path))
+    return dataclasses.replace(
+        own, validation=text, sequence_length=sequence_length or own.sequence_length,
+        tokenizer=tokenizer or own.tokenizer,
+    )  # fmt: skip
+
+
+def _tokenizer_in(folder: Path) -> str:
+    if not any((folder / name).is_file() for name in (CARD, "tokenizer.json")):
+        raise CheckpointError(f"{folder} holds no tokenizer; put the model's tokenizer.json into it")
+    return str(folder)
 
 
 def summarise(result: dict[str, Any], sizes: dict[str, TextSize]) -> Evaluation:
@@ -139,7 +159,7 @@ def _score(nats: float, tokens: int, size: TextSize) -> Score:
     )
 
 
-def _open(path: Path, data: DataConfig | None) -> tuple[ReMoEForCausalLM, TrainConfig]:
+def _open(path: Path, data: DataConfig | None, load: Load) -> tuple[Any, TrainConfig]:
     """The model, and the config to evaluate it with."""
     if is_export(path):
         if data is None:
@@ -164,7 +184,7 @@ def _with_tokenizer(data: DataConfig, folder: Path) -> DataConfig:
     return dataclasses.replace(data, tokenizer=str(folder)) if folder.is_dir() else data
 
 
-def _check_vocabulary(model: ReMoEForCausalLM, corpus: AnyText, path: Path) -> None:
+def _check_vocabulary(model: Any, corpus: AnyText, path: Path) -> None:
     size = model.config.vocab_size
     if size is not None and corpus.tokenizer.vocab_size > size:
         raise ConfigError(

@@ -1,17 +1,19 @@
 """The density dial: a threshold on ReLU gates that trades loss against experts per token after training."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from remoe.moe.routing import RouterContext, count_tokens
-
 
 def dials(model: nn.Module) -> list[Any]:
-    """The routers whose gate has a threshold, in the order of their layers; none in a Top-K or dense model."""
+    """The routers whose gate has a threshold, in the order of their layers; none in a Top-K or dense model.
+
+    Each returns its `logits_TE`, among other things, and uses the experts whose logit is above `threshold`: routers of
+    ours, and the gates of converted models of transformers.
+    """
     return [module for module in model.modules() if getattr(module, "threshold", None) is not None]
 
 
@@ -38,36 +40,48 @@ def thresholds_at(model: nn.Module, values: Sequence[float]) -> Generator[None]:
 
 
 @contextmanager
-def choosing_thresholds(model: nn.Module, active_L: Sequence[float]) -> Generator[None]:
+def recorded(model: nn.Module) -> Generator[list[Any]]:
+    """What each router with a threshold returns inside, call after call."""
+    outputs: list[Any] = []
+
+    def record(router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+
+    with ExitStack() as hooks:
+        for router in dials(model):
+            hooks.callback(router.register_forward_hook(record).remove)
+        yield outputs
+
+
+@contextmanager
+def choosing_thresholds(
+    model: nn.Module, active_L: Sequence[float], counted_T: Tensor | None = None
+) -> Generator[None]:
     """Inside, each MoE layer that is called first sets its threshold so that tokens use `active_L[layer]` experts.
 
-    That is a mean over the tokens of the call. A layer sees what the layers before it made with theirs, so one forward
-    pass over a text chooses for all. The thresholds stay when the context ends.
+    That is a mean over the tokens of the call, of those in `counted_T` where it is given. A layer sees what the layers
+    before it made with theirs, so one forward pass over a text chooses for all. The thresholds stay when the context
+    ends.
     """
     with ExitStack() as hooks:
         for router, active in zip(dials(model), active_L, strict=True):
-            hooks.enter_context(_Chooser(router, active))
+            hooks.callback(router.register_forward_pre_hook(_chooser(active, counted_T)).remove)
         yield
 
 
-class _Chooser:
-    """A hook on one router, there while the context is open."""
-
-    def __init__(self, router: Any, active: float) -> None:
-        self.router = router
-        self.active = active
-
-    def __enter__(self) -> None:
-        self._handle = self.router.register_forward_pre_hook(self)
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
+def _chooser(active: float, counted_T: Tensor | None) -> Callable[[Any, tuple[Any, ...]], None]:
     @torch.no_grad()
-    def __call__(self, router: Any, inputs: tuple[Tensor, RouterContext | None]) -> None:
+    def choose(router: Any, inputs: tuple[Any, ...]) -> None:
         routing = router.forward(*inputs)  # not router(...), which would come here again
-        logits_TE = routing.logits_TE if routing.token_mask_T is None else routing.logits_TE[routing.token_mask_T]
-        router.threshold = threshold_for(logits_TE, round(self.active * int(count_tokens(routing))))
+        logits_TE = counted(routing.logits_TE, counted_T)
+        router.threshold = threshold_for(logits_TE, round(active * len(logits_TE)))
+
+    return choose
+
+
+def counted(logits_TE: Tensor, counted_T: Tensor | None) -> Tensor:
+    """The rows of tokens that count; None: all."""
+    return logits_TE if counted_T is None else logits_TE[counted_T]
 
 
 def threshold_for(logits_TE: Tensor, num_pairs: int) -> float:
