@@ -19,7 +19,7 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "remoe.cli", "remoe.training.trainer", "remoe.distributed.data_ranks", "remoe.distributed.stage_ranks",
+        "remoe.cli", "remoe.training.loop", "remoe.distributed.data_ranks", "remoe.distributed.stage_ranks",
         "remoe.distributed.shard", "torch.distributed.checkpoint",
     ]
 )  # fmt: skip

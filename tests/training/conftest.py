@@ -47,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(text: Path) -> Callable[..., TrainConfig]:
     """A small run's config; keyword sections are merged into it, e.g. `config(train={"steps": 3})`."""
 
@@ -86,7 +86,7 @@ def batch() -> Batch:
     return Batch(tokens_BS, labels_BS, document_BS, zeros_BS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def numbers() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """The lines of a run without the times: what must be the same bit for bit."""
 

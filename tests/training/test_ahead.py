@@ -41,6 +41,12 @@ MIXER = {"router": "sparsemixer"}
 SECTIONS = {"train": {"micro_batch_size": 1, "rows": "capacity"}}
 
 
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Run:
+    """The run whose rows are exact."""
+    return train(config("whole", train={"micro_batch_size": 1}), root=tmp_path_factory.mktemp("runs"))
+
+
 @pytest.fixture
 def with_rows(monkeypatch):
     """Train with a given policy."""
@@ -73,8 +79,7 @@ def assert_same_runs(run: Run, other: Run, numbers) -> None:
     ],
     ids=str,
 )
-def test_a_run_with_void_steps_is_bit_for_bit_the_exact_one(config, tmp_path, numbers, with_rows, capacities):
-    whole = train(config("whole", train={"micro_batch_size": 1}), root=tmp_path)
+def test_a_run_with_void_steps_is_bit_for_bit_the_exact_one(config, tmp_path, numbers, with_rows, whole, capacities):
     rows = with_rows(*capacities)
     again = train(config("again", **SECTIONS), root=tmp_path)
     assert_same_runs(again, whole, numbers)

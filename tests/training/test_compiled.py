@@ -1,6 +1,8 @@
 """Facts about the compiled training step, with the aot_eager backend: whole graphs, no code generation."""
 
 import functools
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +29,21 @@ def steppers_of(config, **sections) -> list[Stepper]:
     return steppers
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("router", ["relu", "topk", "recurrent_relu"])
+ROUTERS, PRECISIONS, CHECKPOINTING = ("relu", "topk", "recurrent_relu"), ("fp32", "bf16"), ("none", "full", "selective")
+QUICK = {
+    ("relu", "fp32", "none"), ("relu", "bf16", "selective"), ("topk", "fp32", "full"), ("topk", "bf16", "none"),
+    ("recurrent_relu", "fp32", "selective"), ("recurrent_relu", "bf16", "full"),
+}  # fmt: skip
+"""Each router in both precisions, each way of checkpointing too; a compilation takes seconds."""
+
+
+def combinations() -> list[Any]:
+    """All of them; those that are not quick are marked slow."""
+    every = itertools.product(ROUTERS, PRECISIONS, CHECKPOINTING)
+    return [pytest.param(*values, marks=() if values in QUICK else pytest.mark.slow) for values in every]
+
+
+@pytest.mark.parametrize(("router", "precision", "checkpointing"), combinations())
 def test_steps_are_one_graph_that_is_compiled_once_with_the_eager_steps_values(
     config, batch, router, precision, checkpointing
 ):
