@@ -45,6 +45,10 @@ class MissingExtraError(RemoeError, ImportError):
         super().__init__(f"{library} is not installed; it comes with: pip install 'remoe[{extra}]'")
 
 
+class RemoeWarning(UserWarning):
+    """What went well in another way than was asked for; the command line prints its message in one line."""
+
+
 def nearest(word: str, allowed: Iterable[str], otherwise: str | None = None) -> str:
     """A ready hint that ends an error message: the nearest allowed word if there is one, else all of them.
 

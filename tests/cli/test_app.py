@@ -58,10 +58,13 @@ def test_module_is_the_command():
         ("trian x", "there is no command 'trian'; did you mean 'train'?; see `remoe --help`"),
         ("train --overwite x", "there is no option --overwite; did you mean '--overwrite'?; see `remoe train --help`"),
         ("plan", "missing argument"),
-        ("generate x --seed y", "invalid value for '--seed'"),
+        ("generate x --seed y", "--seed is y, must be a whole number; see `remoe generate --help`"),
+        ("export x --nonsense", "there is no option --nonsense; allowed: --help, --overwrite, --shard-gb, --to; see"),
+        ("recipes --nonsense", "there is no option --nonsense; allowed: --help; see `remoe recipes --help`"),
+        ("compare demo-relu --no-reprot", "there is no option --no-reprot; did you mean '--no-report'?"),
         ("recipes shwo x", "there is no command 'shwo'; did you mean 'show'?"),
         ("plan demo-relu more", "unexpected extra argument"),
-        ("compare demo-relu --routers relu --name x --parallel 0", "invalid value for '--parallel'"),
+        ("compare demo-relu --routers relu --name x --parallel 0", "--parallel is 0, must be at least 1"),
     ],
 )
 def test_wrong_command_line_is_one_line_and_exit_code_2(cli, arguments, message):
@@ -81,10 +84,32 @@ def test_exit_code_is_the_errors_own(capsys):
     assert fail_with(DataError("the text\nis empty")) == 2
     assert fail_with(TrainingError("no finite loss")) == 1
     assert fail_with(OSError(28, "No space left on device", "runs/x")) == 2
+    assert fail_with(FileExistsError(17, "File exists", "text.txt")) == 2
     assert fail_with(KeyboardInterrupt()) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["remoe: the text is empty", "remoe: no finite loss"]
     assert lines[2] == "remoe: runs/x: No space left on device; name a place that can be written, with room"
+
+
+def test_a_file_that_may_not_be_read_is_not_told_as_one_to_write(capsys, monkeypatch):
+    def read():
+        raise PermissionError(13, "Permission denied", "secret.txt")
+
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert exit_code_of(read) == 2
+    said = "secret.txt: Permission denied; must be readable: give yourself access, or name another"
+    assert capsys.readouterr().err == f"remoe: {said}\n"
+
+
+def test_a_folder_in_place_of_a_file_to_write_is_said_before_anything_is_measured(cli):
+    outcome = cli("bench", "layer", "--json", ".")
+    assert (outcome.code, outcome.err) == (2, "remoe: --json is ., a folder, must be a file\n")
+
+
+def test_a_file_in_place_of_the_folder_of_runs_is_said(cli, tmp_path):
+    (tmp_path / "text.txt").touch()
+    outcome = cli("runs", "--root", "text.txt")
+    assert (outcome.code, outcome.err) == (2, "remoe: --root is text.txt, a file, must be a folder of runs\n")
 
 
 def test_fault_of_ours_keeps_its_traceback():

@@ -36,9 +36,13 @@ for name, command, example in (
     ("export", export_command, "remoe export runs/first-run --to first-run-export"),
     ("convert", convert_command, "remoe convert olmoe --router relu --data text.txt --to olmoe-relu"),
     ("plan", plan_command, "remoe plan remoe-182m-relu --json"),
+    (
+        "prepare",
+        prepare_command,
+        "remoe prepare pile/*.jsonl.zst --tokenizer gpt2:tokenizers/gpt2 --output data/pile",
+    ),
 ):
     app.command(name, epilog=f"Example: {example}")(command)
-app.command("prepare")(prepare_command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(runs_app, name="runs")
 app.add_typer(recipes_app, name="recipes")

@@ -9,7 +9,7 @@ from remoe.cli.options import existing
 
 
 def analyze_command(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="runs or comparisons; the first is the main one")],
+    runs: Annotated[list[Path], Argument(metavar="RUN", help="runs or comparisons; the first is the main one")],
     to: Annotated[Path | None, Option("--to", metavar="FILE", help="the report; by default the first run's")] = None,
 ) -> None:
     """Look at what routers do.

@@ -5,15 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from remoe.cli.options import recipes_like, words
+from remoe.cli.options import Device as Device
+from remoe.cli.options import file_to_write, recipes_like, words
 
 if TYPE_CHECKING:
     from remoe.bench.results import Results
     from remoe.training.config import TrainConfig
 
-Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N")]
-Json = Annotated[Path | None, Option("--json", metavar="FILE", help="write the measurements here")]
-Chart = Annotated[Path | None, Option("--chart", metavar="FILE", help="draw them: .svg or .png")]
+Json = Annotated[
+    Path | None, Option("--json", metavar="FILE", help="write the measurements here", callback=file_to_write)
+]
+Chart = Annotated[
+    Path | None, Option("--chart", metavar="FILE", help="draw them: .svg or .png", callback=file_to_write)
+]
 Deadline = Annotated[float | None, Option(metavar="SECONDS", help="leave out what begins later", min=0)]
 Configs = Annotated[
     str,

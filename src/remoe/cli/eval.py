@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from remoe.cli.options import THRESHOLD, AsJson, RunPath, words
+from remoe.cli.options import THRESHOLD, AsJson, Device, RunPath, file_to_write, words
 from remoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def eval_command(
     num_fewshot: Annotated[int | None, Option(help="examples to show; by default the task's", min=0)] = None,
     limit: Annotated[int | None, Option(help="documents of each task; by default all", min=1)] = None,
     threshold: Annotated[float | None, Option(help=THRESHOLD)] = None,
-    output: Annotated[Path | None, Option(help="a file for the harness's own JSON")] = None,
+    output: Annotated[Path | None, Option(help="a file for the harness's own JSON", callback=file_to_write)] = None,
     batch_size: Annotated[int, Option(help="sequences of one forward pass", min=1)] = 16,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per character on text, or with --tasks the scores of lm-evaluation-harness."""
@@ -48,8 +48,6 @@ def eval_command(
         print(json.dumps(scores.to_dict(), indent=1) if as_json else text_table(scores))
         return
     _refuse("is for text, must be left out with --tasks", {"--sequences": sequences})
-    if output is not None and output.is_dir():
-        raise ConfigError(f"--output is {output}, a folder, must be a file")
     options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit, "threshold": threshold}
     with contextlib.redirect_stdout(sys.stderr):
         results = _task_scores(path, words(tasks), data, options | {"batch_size": batch_size, "device": device})

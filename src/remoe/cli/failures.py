@@ -4,25 +4,33 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
 from remoe.distributed.world import is_first
-from remoe.errors import NoRoomError, OneRankError, RemoeError, nearest
+from remoe.errors import NoRoomError, OneRankError, RemoeError, RemoeWarning, nearest
 
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 INTERRUPTED = 128 + signal.SIGINT
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST)
+MUST_BE = {
+    "int_parsing": "a whole number", "int_parsing_size": "a whole number", "float_parsing": "a number",
+    "greater_than_equal": "at least {ge}", "less_than_equal": "at most {le}",
+}  # fmt: skip
+"""Of a value that typer has pydantic read, by the kind of its error."""
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run a command: 0 where it succeeds, 2 for a user's mistake, 1 for a fault; no traceback for what is foreseen."""
     try:
-        result = command()
+        with _plain_warnings():
+            result = command()
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
         return _say("interrupted", code) if code == INTERRUPTED else code  # newer typer returns it
@@ -40,7 +48,25 @@ def exit_code_of(command: Callable[[], object]) -> int:
         if error.errno not in NO_ROOM + NO_PATH:
             raise
         place = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.EACCES, errno.EPERM) and error.filename and not os.access(error.filename, os.R_OK):
+            return _say(f"{place}{error.strerror}; must be readable: give yourself access, or name another", 2)
         return _say(f"{place}{error.strerror}; name a place that can be written, with room", NoRoomError.exit_code)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our warnings in one line, each once; those of libraries stay as they are."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, RemoeWarning):
+                _say(f"warning: {message}", 0)
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _usage(error: Any) -> int:
@@ -57,8 +83,16 @@ def _explain(error: Any) -> str:
     option = getattr(error, "option_name", None)
     possibilities = getattr(error, "possibilities", None)
     if type(error).__name__ == "NoSuchOption" and option:
-        allowed = possibilities or [name for parameter in error.ctx.command.params for name in parameter.opts]
+        names = [
+            name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        ]
+        allowed = possibilities or [name for name in (*names, "--help") if name.startswith("-")]  # others: arguments
         return f"there is no option {option}; {nearest(option, allowed)}"
+    if hasattr(error.__cause__, "errors"):
+        found = error.__cause__.errors()[0]
+        if found["type"] in MUST_BE:
+            allowed = MUST_BE[found["type"]].format(**found.get("ctx", {}))
+            return f"{error.param.opts[0]} is {found['input']}, must be {allowed}"
     message = error.format_message().rstrip(".")
     if message.startswith("No such command"):
         name = message.split("'")[1]

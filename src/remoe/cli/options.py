@@ -27,9 +27,29 @@ Overrides = Annotated[
 Root = Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of the runs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+
+def file_to_write(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """The path itself; ConfigError where a folder is there, before anything takes time."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{parameter.opts[0]} is {path}, a folder, must be a file")
+    return path
+
+
 THRESHOLD = "density dial: what every layer's router logits must be above, in place of the saved thresholds"
 
 RUNS = Path("runs")
+
+
+def present(name: str) -> str:
+    """The device itself; ConfigError where torch has none of that name."""
+    if name != "auto":  # as it is while a shell completes a command, which must not wait for torch
+        from remoe.training.setup import pick_device
+
+        pick_device(name, "--device")
+    return name
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N", callback=present)]
 
 
 def existing(path: Path) -> Path:

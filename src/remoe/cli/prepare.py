@@ -8,7 +8,10 @@ import typer
 
 
 def prepare_command(
-    inputs: Annotated[list[Path], typer.Argument(help="txt, jsonl or parquet files; .gz, .xz and .zst are read too")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="INPUT", help="txt, jsonl or parquet files; .gz, .xz and .zst are read too"),
+    ],
     tokenizer: Annotated[str, typer.Option(help="bytes, characters, words, gpt2:FOLDER, or a tokenizer.json")],
     output: Annotated[Path, typer.Option(help="PREFIX of the .bin/.idx pair and what belongs to it")],
     key: Annotated[str, typer.Option(help="key of a row's text")] = "text",
@@ -21,10 +24,7 @@ def prepare_command(
     resume: Annotated[bool, typer.Option(help="go on from a run that was stopped")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset that is there")] = False,
 ) -> None:
-    """Tokenise files into a Megatron dataset PREFIX.bin/.idx that keeps each document's domain.
-
-    Example: remoe prepare pile/*.jsonl.zst --tokenizer gpt2:tokenizers/gpt2 --output data/pile
-    """
+    """Tokenise files into a Megatron dataset PREFIX.bin/.idx that keeps each document's domain."""
     from remoe.data.prepare import PrepareConfig, bad_lines, prepare
 
     config = PrepareConfig(

@@ -8,6 +8,7 @@ import typer
 from remoe.cli.diff import diff_command
 from remoe.cli.options import RUNS, Root
 from remoe.cli.table import number, table
+from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from remoe.training import Run
@@ -20,6 +21,8 @@ runs_app.command("diff", epilog="Example: remoe runs diff runs/a runs/b")(diff_c
 def runs_command(context: typer.Context, root: Root = RUNS) -> None:
     """List runs, or show how two differ (`diff`)."""
     if context.invoked_subcommand is None:
+        if root.is_file():
+            raise ConfigError(f"--root is {root}, a file, must be a folder of runs")
         paths = sorted(metrics.parent for metrics in root.rglob("metrics.jsonl"))
         lines = [_line(path, root) for path in paths if (path / "config.yaml").exists()]
         header = ("run", "state", "steps", "valid loss", "sparsity", "active experts", "last change")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remoe.config import from_dict
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, RemoeWarning
 from remoe.model import ReMoEForCausalLM
 from remoe.model.weights import load_model
 from remoe.training import checkpoint
@@ -44,7 +44,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if found is None:
         raise CheckpointError(f"run {path} has no checkpoint yet; train it with --resume")
     for error in damaged:
-        warnings.warn(f"{error}; using {found.path.name}", stacklevel=3)
+        warnings.warn(f"{error}; using {found.path.name}", RemoeWarning, stacklevel=3)
     return found
 
 

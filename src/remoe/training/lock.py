@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, RemoeWarning
 
 LOCK = ".lock"
 RETRY_SECONDS = 0.1
@@ -120,7 +120,9 @@ else:
         except OSError as error:  # some network file systems have no locks
             if not shared:
                 warnings.warn(
-                    f"{file.name} cannot be locked ({error.strerror}): train this run once at a time", stacklevel=4
+                    f"{file.name} cannot be locked ({error.strerror}): train this run once at a time",
+                    RemoeWarning,
+                    stacklevel=4,
                 )
         return True
 

@@ -18,8 +18,8 @@ from remoe.moe.routers import router_class
 from remoe.training.config import TrainConfig
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `train.device` names; auto is the GPU where there is one. ConfigError where it is not there."""
+def pick_device(name: str, key: str = "train.device") -> torch.device:
+    """The device that a setting names; auto is the GPU where there is one. ConfigError, naming `key`, for none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,11 +27,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"train.device is {name!r}, must be auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"{key} is {name!r}, must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
-        )
+        raise ConfigError(f"{key} is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu")
     return device
 
 
