@@ -24,7 +24,7 @@ WORDS = ("the", " of", "\n", "def", " return", "<script>alert(1)</script>", " $x
 
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory) -> list[Path]:
-    """Three runs of 60 steps, really trained: ReLU, Top-K and dense."""
+    """Three runs of 30 steps, really trained: ReLU, Top-K and dense."""
     folder = tmp_path_factory.mktemp("runs")
     return [trained(folder, "relu", "relu"), trained(folder, "topk", "topk"), trained(folder, "dense", "relu", "none")]
 
@@ -57,8 +57,8 @@ def trained(folder: Path, name: str, router: str, moe_layers: str = "all") -> Pa
         },
         "sparsity": {"init": 1e-3},
         "train": {
-            "steps": 60, "batch_size": 4, "validation_interval": 20, "validation_batches": 4, "flip_interval": 5,
-            "checkpoint_interval": 60,
+            "steps": 30, "batch_size": 4, "validation_interval": 10, "validation_batches": 4, "flip_interval": 5,
+            "checkpoint_interval": 30,
         },
     }  # fmt: skip
     return train(from_dict(TrainConfig, values), root=folder / "runs").path

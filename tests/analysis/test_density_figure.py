@@ -1,10 +1,14 @@
 """The figure of the density dial: only where a curve was measured, with every point in its table."""
 
+import pytest
+
 from remoe.analysis.examine import examine
 from remoe.analysis.figures import density
 from remoe.analysis.record import load_records, save_records
 from remoe.eval.density import DensityConfig, measure_density, save_curve
 from remoe.training.run import DENSITY
+
+pytestmark = pytest.mark.xdist_group("report")  # the runs are trained once
 
 
 def test_runs_without_a_curve_have_no_figure(runs):

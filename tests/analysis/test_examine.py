@@ -11,7 +11,7 @@ from remoe.data import TokenDataset, load_tokenizer
 from remoe.errors import CheckpointError, DataError
 from remoe.training import Run
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = pytest.mark.xdist_group("report")  # the runs are trained once
 
 
 @pytest.fixture(scope="module")

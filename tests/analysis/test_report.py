@@ -11,11 +11,13 @@ import pytest
 from conftest import make_runs
 
 from remoe.analysis.html import escape, visible
-from remoe.analysis.record import load_records, save_records
-from remoe.analysis.report import FIGURES, draw_report, redraw_report, write_report
+from remoe.analysis.page import render
+from remoe.analysis.record import load_records
+from remoe.analysis.report import draw_figures, draw_report, redraw_report, write_report
 from remoe.analysis.table import Table
 from remoe.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.xdist_group("report")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 
 
@@ -35,13 +37,19 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(runs, tmp_path_factory):
-    return draw_report(runs, tmp_path_factory.mktemp("report")).read_text(encoding="utf-8")
+def figures(runs):
+    return draw_figures(runs)
 
 
 @pytest.fixture(scope="module")
-def figures(runs):
-    return [module.figure(runs) for module in FIGURES]
+def page(runs, figures):
+    return render(runs, figures)
+
+
+@pytest.fixture(scope="module")
+def page_of_one(runs, tmp_path_factory):
+    """The file of a report on one run, which is drawn sooner."""
+    return draw_report(runs[:1], tmp_path_factory.mktemp("report") / "one")
 
 
 def test_every_figure_is_there_with_its_source_and_numbers(page, figures):
@@ -80,9 +88,9 @@ def test_the_same_runs_give_the_same_bytes(page, tmp_path):
     assert draw_report(make_runs(), tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
-def test_a_report_can_be_drawn_again_from_its_analysis_json(page, runs, tmp_path):
-    save_records(runs, tmp_path / "analysis.json")
-    assert redraw_report(tmp_path / "analysis.json", tmp_path / "new" / "page.html").read_text(encoding="utf-8") == page
+def test_a_report_can_be_drawn_again_from_its_analysis_json(page_of_one, tmp_path):
+    again = redraw_report(page_of_one.with_name("analysis.json"), tmp_path / "new" / "page.html")
+    assert again.read_text(encoding="utf-8") == page_of_one.read_text(encoding="utf-8")
 
 
 def test_hostile_names_and_texts_show_as_text(runs, tmp_path):
@@ -102,7 +110,7 @@ def test_hostile_names_and_texts_show_as_text(runs, tmp_path):
         passages=passages,
         generations=generations,
     )
-    elements = Elements(draw_report([hostile, *runs[1:]], tmp_path).read_text(encoding="utf-8"))
+    elements = Elements(draw_report([hostile], tmp_path).read_text(encoding="utf-8"))
     assert len(elements.named("script")) == 1
     assert not elements.named("img")
     assert not [attrs for _, attrs in elements.found if any(key.startswith("on") for key in attrs)]
@@ -125,9 +133,10 @@ def test_a_long_table_shows_its_ends_and_says_what_it_leaves_out():
     assert table.to_csv().count("\n") == 1001
 
 
-def test_a_folder_gets_report_html_and_analysis_json(runs, tmp_path):
-    assert draw_report(runs[:1], tmp_path / "one") == tmp_path / "one" / "report.html"
-    assert [run.name for run in load_records(tmp_path / "one" / "analysis.json")] == ["relu"]
+def test_a_folder_gets_report_html_and_analysis_json(page_of_one):
+    assert page_of_one.name == "report.html"
+    assert page_of_one.parent.name == "one"
+    assert [run.name for run in load_records(page_of_one.with_name("analysis.json"))] == ["relu"]
 
 
 def test_a_report_on_nothing_is_refused(tmp_path):

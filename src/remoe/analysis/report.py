@@ -7,6 +7,7 @@ from pathlib import Path
 
 from remoe.analysis import page
 from remoe.analysis.examine import examine_all
+from remoe.analysis.figure import Figure
 from remoe.analysis.figures import (
     density,
     domain_activity,
@@ -62,12 +63,16 @@ def redraw_report(analysis: Path, to: Path) -> Path:
 def draw_report(runs: Sequence[RunRecord], to: Path) -> Path:
     """Draw the figures of examined runs and write page and analysis.json; returns the page's path."""
     to = to if to.suffix else to / "report.html"
-    figures = [figure for figure in (module.figure(runs) for module in FIGURES) if figure is not None]
-    text = page.render(runs, figures)
+    text = page.render(runs, draw_figures(runs))
     to.parent.mkdir(parents=True, exist_ok=True)
     save_records(runs, to.with_name("analysis.json"))
     to.write_text(text, encoding="utf-8")
     return to
+
+
+def draw_figures(runs: Sequence[RunRecord]) -> list[Figure]:
+    """The figures that these runs have something to show in, in the order of the page."""
+    return [figure for figure in (module.figure(runs) for module in FIGURES) if figure is not None]
 
 
 def _named_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
