@@ -27,6 +27,6 @@ def test_every_block_of_the_page_runs_as_written(page, results, tmp_path):
     text = (PAGES / page).read_text(encoding="utf-8")
     for language, code in re.findall(r"```(sh|python)\n(.*?)```", text, flags=re.DOTALL):
         command = ["sh", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, (code, done.stderr[-2000:])
     assert all((tmp_path / result).is_file() for result in results)

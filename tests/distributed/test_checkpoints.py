@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 def run(folder: Path, num_processes: int, *cases: str) -> list[dict[str, Any]]:
     """What the cases returned, rank by rank; the last one's."""
     output = folder.parent / "results.json"
-    finished = forked(num_processes, str(WORKER), str(output), *cases, timeout=200, FOLDER=str(folder))
+    finished = forked(num_processes, str(WORKER), str(output), *cases, timeout=900, FOLDER=str(folder))
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(output.read_text())[cases[-1]]
 

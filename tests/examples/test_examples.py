@@ -21,7 +21,7 @@ def output_of(script: str, folder: Path, *arguments: str) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-2000:]

@@ -62,7 +62,7 @@ def test_a_run_whose_disk_filled_up_goes_on_with_the_same_bits_once_there_is_roo
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=200,
+        timeout=900,
     )
     said = [line for line in finished.stderr.splitlines() if line.startswith("remoe: ")]
     assert ((tmp_path / "first").read_text(), (tmp_path / "second").read_text()) == ("2\n", "0\n"), finished.stderr
