@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-all: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,docs,dev]' 'lm_eval[hf]'
+	$(PIP) install -q -c constraints.txt -e '.[all,triton,wandb,trackio,megatron,docs,dev]' 'lm_eval[hf]' peft
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
@@ -37,7 +37,7 @@ test-heavy: $(VENV)/.installed-all  ## the tests that need heavy extras and take
 	$(PYTEST) -m "heavy and not slow"
 
 test-all: $(VENV)/.installed-all  ## the tests that need heavy extras or minutes
-	$(PYTEST) -m "slow or heavy"
+	$(PYTEST) -m "slow or heavy" --timeout 1800
 
 test-gpu: $(VENV)/.installed-all  ## on a machine with a GPU; a process a file, since a broken CUDA context breaks what follows
 	@failed=; for file in $$(grep -rl mark.gpu tests); do \

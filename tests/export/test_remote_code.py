@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert not any(name.startswith("remoe") for name in sys.modules if sys.modules[name] is not None)
 prompt = tokenizer("Once upon", return_tensors="pt")
 logits = model(**prompt).logits
@@ -54,6 +54,55 @@ def test_it_computes_and_generates_the_same_without_remoe_and_without_network(tm
         assert result["logits"].equal(model(tokens_BS).logits)
     expected = model.generate(tokens_BS, 12, stop_tokens=(tokenizer.eod,))
     assert result["generated"].equal(expected)
+
+
+FROM_THE_HUB = """
+import shutil, sys
+sys.modules["remoe"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import hub
+
+class Repository:  # what an upload asks of the hub
+    def __init__(self): self.files = {}
+    def create_repo(self, repo_id, **_): return self
+    repo_id = "me/again"
+    def create_commit(self, operations, **_):
+        self.files |= {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+
+prompt = torch.arange(10)[None]
+model = AutoModelForCausalLM.from_pretrained("me/story", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("me/story", trust_remote_code=True)
+logits = model(prompt).logits
+hub._hf_api = repository = Repository()
+model.push_to_hub("me/again")
+tokenizer.push_to_hub("me/again")
+print(*sorted(repository.files))
+hub._hf_api = None
+model.save_pretrained("again")
+tokenizer.save_pretrained("again")
+shutil.rmtree(sys.argv[1])  # what is saved needs the repository no more
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+assert again(prompt).logits.equal(logits)
+assert AutoTokenizer.from_pretrained("again", trust_remote_code=True)("Once").input_ids == [79, 110, 99, 101]
+"""
+
+
+def test_a_model_of_the_hub_is_saved_and_pushed_elsewhere_with_its_code(tmp_path):
+    home, commit = tmp_path / "home", "a" * 40
+    repository = home / "hub" / "models--me--story"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    model = ReMoEForCausalLM(ReMoEConfig(**SMALL | {"vocab_size": 257}))
+    write_export(model, BytesTokenizer(), repository / "snapshots" / commit)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FROM_THE_HUB, str(repository)]
+    outcome = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    pushed = set(outcome.stdout.split())
+    assert pushed >= {"config.json", "model.safetensors", "modeling_remoe.py", "tokenizer.json"}
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert auto_map == transformers_files.AUTO_MAP
 
 
 def test_a_pipeline_writes_the_text_of_native_generation(tmp_path):

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from remoe.data.chat import TEMPLATES, encode, load_template
 from remoe.data.subword import load_gpt2, load_json
 from remoe.data.tokenizer import BytesTokenizer, CharacterTokenizer
 from remoe.data.words import WordTokenizer
-from remoe.export import tokenizer_files
+from remoe.export import tokenizer_files, write_tokenizer
 
 pytestmark = pytest.mark.heavy
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -64,6 +65,20 @@ def test_ids_text_and_end_of_document_are_ours(kind, tmp_path):
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
         assert theirs.decode([*ids, tokenizer.eod], skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "words", "json"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_conversations_of_several_turns_have_the_ids_of_training(kind, template, tmp_path):
+    tokenizer, chat = own(kind, tmp_path), load_template(template)
+    write_tokenizer(tokenizer, tmp_path, chat)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": role, "content": f"there was a {role}"} for role in ("system", "user", "assistant", "user")]
+    for turns in (messages[1:2], messages, messages[:3]):
+        for goes_on in (False, True):
+            found = theirs.apply_chat_template(turns, add_generation_prompt=goes_on)["input_ids"]
+            assert found == encode(tokenizer, chat.render(turns, add_generation_prompt=goes_on)).tolist()
+    assert encode(tokenizer, chat.render(messages)).tolist().count(tokenizer.eod) == 1
 
 
 def test_saving_again_changes_nothing(tmp_path):

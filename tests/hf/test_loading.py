@@ -40,6 +40,42 @@ def test_transformers_loads_what_remoe_saved(build, tokens_BS, tmp_path, setting
 
 
 @each
+@pytest.mark.parametrize("how", [{"device_map": "auto"}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}], ids=str)
+def test_every_way_of_loading_on_one_device_gives_the_same_model(build, tokens_BS, tmp_path, settings, how):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = build(**settings)
+    save_model(model, tmp_path)
+    assert_same_model(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **how), tokens_BS)
+
+
+@each
+def test_layers_that_are_left_on_disk_compute_and_generate_the_same(build, tokens_BS, tmp_path, settings):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = build(**settings)
+    save_model(model, tmp_path)
+    parts = [name for name, _ in hf.from_native(model).model.named_children() if name != "layers"]
+    places = {f"model.{name}": "cpu" for name in parts} | {"lm_head": "cpu", "model.layers.0": "cpu"}
+    places |= {f"model.layers.{index}": "disk" for index in (1, 2)}
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert {parameter.device.type for parameter in other.model.layers[2].parameters()} == {"meta"}
+    with torch.no_grad():
+        assert other(tokens_BS).logits.equal(model(tokens_BS).logits)
+    assert other.generate(tokens_BS, max_new_tokens=4, do_sample=False).equal(model.generate(tokens_BS, 4))
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "auto"])
+def test_weights_are_loaded_in_the_type_that_is_asked_for(build, tokens_BS, tmp_path, settings, dtype):
+    model = build(**settings)
+    save_model(model, tmp_path)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {value.dtype for value in other.parameters()} == {torch.float32 if dtype == "auto" else torch.bfloat16}
+    assert_same_model(model if dtype == "auto" else model.to(torch.bfloat16), other, tokens_BS)
+
+
+@each
 def test_remoe_loads_what_transformers_saved_in_shards(build, tokens_BS, tmp_path, settings):
     other = hf.from_native(build(**settings))
     other.save_pretrained(tmp_path, max_shard_size="20KB")

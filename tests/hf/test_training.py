@@ -34,14 +34,14 @@ def train(tmp_path):
     """Run the Trainer over the rows in order, with plain SGD."""
     import transformers
 
-    def run(model, callback, resume=None, **settings):
+    def run(model, *callbacks, resume=None, **settings):
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=2, learning_rate=LR, report_to=[],
             gradient_accumulation_steps=MICRO_BATCHES, max_grad_norm=0, logging_steps=1, lr_scheduler_type="constant",
-            save_strategy="steps", save_steps=2, disable_tqdm=True, use_cpu=True, optim="sgd",
-            train_sampling_strategy="sequential", **{"num_train_epochs": 1} | settings,
+            save_steps=2, disable_tqdm=True, use_cpu=True, optim="sgd", train_sampling_strategy="sequential",
+            **{"num_train_epochs": 1, "save_strategy": "steps"} | settings,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback])
+        trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=list(callbacks))
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -102,6 +102,37 @@ def test_a_saved_model_goes_on_with_its_last_coefficient(build, train, tmp_path)
     loaded = hf.ReMoEForCausalLM.from_pretrained(tmp_path / "model")
     tracker = hf.SparsityTracker(loaded)
     assert float(tracker.controller.coef) == pytest.approx(trainer.model.config.sparsity_coef, rel=1e-6)
+
+
+@pytest.mark.parametrize("router", ["relu", "topk", "recurrent_relu"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_blocks_that_are_computed_twice_train_alike_and_count_once(build, train, router, use_reentrant):
+    def trained(**settings):
+        callbacks = [] if router == "topk" else [hf.SparsityCallback(init=0.05)]
+        trainer = train(hf.from_native(build(router=router)), *callbacks, save_strategy="no", **settings)
+        keys = {"loss", "grad_norm", "sparsity", "sparsity_coef"}
+        return trainer.model, [{key: log[key] for key in keys & log.keys()} for log in trainer.state.log_history]
+
+    model, logs = trained()
+    recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    other, logs_of_other = trained(**recompute)
+    assert other.is_gradient_checkpointing
+    assert logs_of_other == [pytest.approx(log, rel=1e-5) for log in logs]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_trainer_evaluates_and_predicts_with_logits_alone(build, train):
+    model = build()
+    trainer = train(hf.from_native(model), num_train_epochs=0, save_strategy="no")
+    tokens_BS = Rows(4).tokens
+    predictions = trainer.predict(Rows(4))
+    with torch.no_grad():
+        logits_BSV = model(tokens_BS).logits
+    lm_loss = nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+    torch.testing.assert_close(torch.from_numpy(predictions.predictions), logits_BSV)
+    assert predictions.metrics["test_loss"] == pytest.approx(lm_loss.item(), rel=1e-5)
+    assert trainer.evaluate(Rows(4))["eval_loss"] == pytest.approx(lm_loss.item(), rel=1e-5)
 
 
 def test_accelerate_trains_it_with_the_tracker(build):

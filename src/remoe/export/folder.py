@@ -26,7 +26,7 @@ def check_new(to: Path, fix: str = "") -> None:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, template: ChatTemplate | None) -> None:
     """Write a tokenizer into a folder, for remoe and for AutoTokenizer, with the chat template if there is one."""
     tokenizer.save(folder)
-    tokenizer_files.write(tokenizer, folder)
+    tokenizer_files.write(tokenizer, folder, has_template=template is not None)
     if template is not None:
         save_template(template, folder)
 
@@ -61,7 +61,7 @@ def write_export(
         save_template(template, folder)
     if transformers_files.missing_in_transformers(model.config) is None:
         transformers_files.write(model, tokenizer, folder, of_training)
-        tokenizer_files.write(tokenizer, folder)
+        tokenizer_files.write(tokenizer, folder, has_template=template is not None)
     else:
         transformers_files.remove(folder)
     card = model_card(model, tokenizer, folder, run, [] if is_changed else metrics)

@@ -16,8 +16,11 @@ _NO_WORD = "\n\n"
 """What no word begins with: WordPiece's decoder joins such tokens to the one before."""
 
 
-def write(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write both files beside those of `tokenizer.save`. DataError for a tokenizer that transformers cannot express."""
+def write(tokenizer: Tokenizer, folder: Path, has_template: bool = False) -> None:
+    """Write both files beside those of `tokenizer.save`. DataError for a tokenizer that transformers cannot express.
+
+    Beside a chat template the end-of-document token is read in texts: transformers renders conversations as text.
+    """
     if isinstance(tokenizer, SubwordTokenizer):
         eod_text = tokenizer.eod_text
         if not (folder / _FILE).is_file():
@@ -26,17 +29,17 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
         model = _model(tokenizer)
         eod_text = _free_text(EOD_TEXT, model["model"]["vocab"])
         write_whole(folder / _FILE, to_json(_EMPTY | model | {"added_tokens": [_special(tokenizer.eod, eod_text)]}))
-    write_whole(folder / _CONFIG, to_json(_config(tokenizer, eod_text)))
+    write_whole(folder / _CONFIG, to_json(_config(tokenizer, eod_text, has_template)))
 
 
-def _config(tokenizer: Tokenizer, eod_text: str) -> dict[str, Any]:
+def _config(tokenizer: Tokenizer, eod_text: str, has_template: bool) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod_text,
         "pad_token": eod_text,
         "clean_up_tokenization_spaces": False,
         # ours read "<eod>" in a text as text; the tokenizers library reads its special tokens as such
-        "split_special_tokens": not isinstance(tokenizer, SubwordTokenizer),
+        "split_special_tokens": not (has_template or isinstance(tokenizer, SubwordTokenizer)),
     }
 
 

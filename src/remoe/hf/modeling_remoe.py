@@ -57,7 +57,9 @@ class ReMoEConfig(PreTrainedConfig):
     """
 
     model_type = "remoe"
-    keys_to_ignore_at_inference = ("past_key_values", "router_logits", "aux_loss", "tokens_per_expert", "num_tokens")
+    keys_to_ignore_at_inference = [  # noqa: RUF012  the Trainer adds a list to it
+        "past_key_values", "router_logits", "aux_loss", "tokens_per_expert", "num_tokens",
+    ]  # fmt: skip
     attribute_map = {  # noqa: RUF012  transformers' own name for it
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
@@ -327,7 +329,8 @@ class ReMoERecurrentRouter(ReMoERouter):
         self.head = nn.Parameter(torch.empty(self.num_experts, read_size))
         self.head_bias = _parameter(options["bias"], self.num_experts)
         self.log_temperature = _parameter(is_cosine, 1)
-        self.weight = _parameter(options["input_residual"], self.num_experts, config.hidden_size)
+        if options["input_residual"]:  # else no such attribute: PEFT takes a `weight` of None for one to adapt
+            self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
 
     def scores(
         self, hidden_TH: Tensor, state_TP: Tensor | None, cell: nn.Module | None
@@ -364,14 +367,16 @@ class ReMoERecurrentRouter(ReMoERouter):
         if self.options["norm"] == "rms":
             h_TP = h_TP * torch.rsqrt(h_TP.square().mean(dim=-1, keepdim=True) + self.options["norm_eps"])
         logits_TE = affine(self.options["scale"] * h_TP, self.head, self.head_bias)
-        return logits_TE if self.weight is None else logits_TE + affine(hidden_TH, self.weight)
+        return logits_TE + affine(hidden_TH, self.weight) if self.options["input_residual"] else logits_TE
 
     def init_weights(self, std: float) -> None:
         """See ReMoERouter; `matched` makes logits as wide as a linear router's (RMoE §7.4), `library` is torch's."""
         options, width = self.options, self.options["state_size"]
         head_std = std * math.sqrt(self.hidden_size / width) if options["initial"] == "matched" else std
-        for weight in (self.projector, self.head_proj, self.weight):
+        for weight in (self.projector, self.head_proj):
             _each(init.normal_, weight, std=std)
+        if options["input_residual"]:
+            init.normal_(self.weight, std=std)
         init.normal_(self.head, std=head_std)
         for bias in (self.projector_bias, self.head_bias):
             _each(init.zeros_, bias)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from remoe.errors import ConfigError
@@ -156,4 +156,6 @@ def _num_routed_layers(model: Any) -> int:
 
 
 def _is_ours(module: Any) -> bool:
-    return hasattr(getattr(module, "config", None), "is_relu_gated") and hasattr(module, "sparsity_coef")
+    """By class as well: wrappers such as PEFT's hand on attributes of what is inside."""
+    is_routed = hasattr(getattr(module, "config", None), "is_relu_gated") and hasattr(module, "sparsity_coef")
+    return is_routed and isinstance(module, PreTrainedModel)
