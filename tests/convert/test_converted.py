@@ -12,7 +12,8 @@ pytestmark = pytest.mark.heavy
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from remoe.convert.checkpoint import ConvertConfig, convert  # noqa: E402
-from remoe.convert.either import is_converted, load_either, save_at  # noqa: E402
+from remoe.convert.either import load_either, save_at  # noqa: E402
+from remoe.convert.model_type import is_converted  # noqa: E402
 from remoe.convert.modeling_relu_moe import FAMILIES  # noqa: E402
 from remoe.convert.text import TextSizes  # noqa: E402
 from remoe.errors import CheckpointError, ConfigError  # noqa: E402

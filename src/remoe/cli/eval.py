@@ -65,7 +65,7 @@ def _refuse(why: str, options: dict[str, Any]) -> None:
 
 
 def _task_scores(path: Path, tasks: list[str], data: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    from remoe.convert.either import is_converted
+    from remoe.convert.model_type import is_converted
     from remoe.eval.harness import HarnessConfig, evaluate_tasks
 
     if is_converted(path):

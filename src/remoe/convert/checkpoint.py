@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from remoe.convert.agreement import Conversion, measure_agreement
-from remoe.convert.either import model_type_of
+from remoe.convert.model_type import model_type_of
 from remoe.convert.native import from_transformers, missing_in_native, to_transformers
 from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
 from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside

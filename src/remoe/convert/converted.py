@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import remoe.hf  # noqa: F401  registers our kernels, which skip closed experts
 from remoe.convert import modeling_relu_moe
-from remoe.convert.either import OWN_TYPE, model_type_of
 from remoe.convert.foreign import load_source, save_converted
+from remoe.convert.model_type import OWN_TYPE, model_type_of
 from remoe.convert.modeling_relu_moe import FAMILIES
 from remoe.errors import CheckpointError, ConfigError, one_of
 from remoe.kernels.linear_cross_entropy import NO_LABEL

@@ -3,31 +3,15 @@
 Only the second kind needs transformers.
 """
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from remoe.convert.model_type import is_converted
 from remoe.eval import density
 from remoe.eval.density import DensityPoint
 from remoe.export import check_new
 from remoe.training.loading import load
-
-OWN_TYPE = "relu_"
-"""What the model type of a converted model begins with; that of its source follows."""
-
-
-def model_type_of(source: Path) -> str | None:
-    """The model type in a folder's config.json; None where it has none."""
-    try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def is_converted(path: Path) -> bool:
-    """Whether a folder holds a converted model of transformers."""
-    return str(model_type_of(path)).startswith(OWN_TYPE)
 
 
 def load_either(path: Path) -> Any:

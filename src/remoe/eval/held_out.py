@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open_validation, validation_batches
-from remoe.data.tokenizer import CARD
+from remoe.data.tokenizer import CARD, check_vocabulary
 from remoe.errors import CheckpointError, ConfigError
 from remoe.eval.text_size import TextSize, sizes_by_domain
 from remoe.model.thresholds import set_thresholds
@@ -110,7 +110,8 @@ def open_model_and_text(path: Path, data: DataConfig | None, device: str, load: 
     target = pick_device(device)
     model, config = _open(path, data, load)
     corpus = open_corpus(config.data) if data is None else open_validation(config.data)
-    _check_vocabulary(model, corpus, path)
+    fix = f"name the tokenizer that {path} was trained with in data.tokenizer"
+    check_vocabulary(corpus.tokenizer, model.config.vocab_size, fix)
     return Opened(model.to(target), config, corpus)
 
 
@@ -182,15 +183,6 @@ def _first_sequences(corpus: AnyText, sequence_length: int, batch_size: int, seq
 
 def _with_tokenizer(data: DataConfig, folder: Path) -> DataConfig:
     return dataclasses.replace(data, tokenizer=str(folder)) if folder.is_dir() else data
-
-
-def _check_vocabulary(model: Any, corpus: AnyText, path: Path) -> None:
-    size = model.config.vocab_size
-    if size is not None and corpus.tokenizer.vocab_size > size:
-        raise ConfigError(
-            f"data.tokenizer is {corpus.tokenizer.name} with {corpus.tokenizer.vocab_size} ids, but the model in "
-            f"{path} has {size}; name the tokenizer it was trained with"
-        )
 
 
 def _text_sizes(batches: list[Batch], corpus: AnyText) -> dict[str, TextSize]:
