@@ -16,6 +16,17 @@ from remoe.analysis.table import Table, show
 
 def render(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> str:
     """The whole page as text; the same runs give the same bytes."""
+    main = tag("main", *(figure.to_html() for figure in figures), _settings(runs))
+    return _document(_names(runs), _header(runs, figures), main, _footer("analysis.json beside it has"))
+
+
+def render_alone(title: str, names: Sequence[str], figure: Figure, numbers: str) -> str:
+    """A page with one figure of models that are no runs; `numbers` says where they are."""
+    header = tag("header", tag("h1", title), _theme(), tag("p", ", ".join(names), class_="lead"))
+    return _document(", ".join(names), header, tag("main", figure.to_html()), _footer(f"{numbers} has"))
+
+
+def _document(title: str, *parts: Html) -> str:
     script, style = _asset("page.js"), palette.css() + _asset("page.css")
     head = tag(
         "head",
@@ -24,16 +35,10 @@ def render(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> str:
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         Html('<link rel="icon" href="data:,">'),
-        tag("title", f"remoe: {_names(runs)}"),
+        tag("title", f"remoe: {title}"),
         tag("style", Html(style)),
     )
-    body = tag(
-        "body",
-        _header(runs, figures),
-        tag("main", *(figure.to_html() for figure in figures), _settings(runs)),
-        _footer(),
-    )
-    return f'<!doctype html>\n<html lang="en">{head}{body}<script>{script}</script></html>\n'
+    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts)}<script>{script}</script></html>\n'
 
 
 def headlines(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
@@ -81,11 +86,15 @@ def _header(runs: Sequence[RunRecord], figures: Sequence[Figure]) -> Html:
     return tag(
         "header",
         tag("h1", title),
-        tag("button", "◐ auto", class_="theme", type="button", aria_label="Change between light and dark"),
+        _theme(),
         tag("p", _names(runs), class_="lead"),
         tag("div", *tiles, class_="tiles"),
         tag("nav", *links, tag("a", "Data and settings", href="#settings"), aria_label="Figures"),
     )
+
+
+def _theme() -> Html:
+    return tag("button", "◐ auto", class_="theme", type="button", aria_label="Change between light and dark")
 
 
 def _settings(runs: Sequence[RunRecord]) -> Html:
@@ -129,6 +138,6 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def _footer() -> Html:
-    text = "Made by remoe. The file needs no network: every number is in it, and analysis.json beside it has them all."
+def _footer(numbers: str) -> Html:
+    text = f"Made by remoe. The file needs no network: every number is in it, and {numbers} them all."
     return tag("footer", join([tag("p", text)]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from remoe.analysis import page
+from remoe.analysis.curves import has_curve_alone, write_curves
 from remoe.analysis.examine import examine_all
 from remoe.analysis.figure import Figure
 from remoe.analysis.figures import (
@@ -46,12 +47,15 @@ FIGURES = (
 def write_report(runs: Sequence[Path], to: Path) -> Path:
     """Write one self-contained HTML page about one run, or several to compare (the first one is the main one).
 
-    `to` is the HTML file, or a folder to put report.html in; analysis.json with all its numbers goes beside it.
+    `to` is the HTML file, or a folder to put report.html in; analysis.json with all its numbers goes beside it. Of
+    models that are no runs, whose density dial was measured, the page holds those curves alone.
     Raises CheckpointError for a folder that is not a run, DataError if its text has gone, MissingExtraError without
     matplotlib.
     """
     if not runs:
         raise ConfigError("no run was given to report on; name at least one folder below runs/")
+    if all(has_curve_alone(Path(run)) for run in runs):
+        return write_curves([Path(run) for run in runs], Path(to))
     return draw_report(_named_apart(examine_all([Path(run) for run in runs])), Path(to))
 
 

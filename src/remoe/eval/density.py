@@ -104,8 +104,8 @@ def measure_density(
             "choose thresholds; give a longer text or lower --calibration-sequences"
         )
     first, rest = batches[: config.calibration_sequences], batches[config.calibration_sequences :]
-    texts = [_in_batches(part, config.batch_size) for part in (first, rest)]
-    return _Meter(opened, *texts, report).curve(config.targets)
+    calibration, measured = (_in_batches(part, config.batch_size) for part in (first, rest))
+    return _Meter(opened, calibration, measured, report).curve(config.targets)
 
 
 class _Meter:

@@ -32,8 +32,11 @@ def draw(runs: Sequence[RunDensity]) -> Chart:
 def figure(runs: Sequence[RunRecord]) -> Figure | None:
     """The figure, or None where no curve was measured."""
     measured = numbers(runs)
-    if not measured:
-        return None
+    return figure_of(measured) if measured else None
+
+
+def figure_of(measured: Sequence[RunDensity]) -> Figure:
+    """The figure of some curves."""
     return Figure(
         key="density",
         title="The density dial",
@@ -58,7 +61,7 @@ def figure(runs: Sequence[RunRecord]) -> Figure | None:
 def _note(run: RunDensity) -> str:
     curve = run.curve
     return (
-        f"{run.run}: thresholds chosen on {curve.calibration_tokens:,} tokens of validation text, losses measured on "
+        f"{run.run}: thresholds chosen on {curve.calibration_tokens:,} tokens of text, losses measured on "
         f"{curve.tokens:,} others."
     )
 
