@@ -38,6 +38,11 @@ def test_tasks_are_a_table_with_sizes_and_errors_and_a_file_of_the_harness(remoe
         (("--sequence-length", 8), "--sequence-length needs --data or --tasks"),
         (("--tasks", "piqa", "--sequences", 3), "--sequences is for text, must be left out with --tasks"),
         (("--tasks", "piqua", "--data", "."), "did you mean 'piqa'?"),
+        (
+            ("--tasks", "nonsense", "--data", "."),
+            "local files; with --data it must be one of arc_challenge, arc_easy, ",
+        ),
+        (("--tasks", "nonsense", "--data", "."), "winogrande, remoe_seven, rmoe_five"),
         (("--tasks", ",", "--data", "."), "--tasks names no task"),
         (("--tasks", "piqa", "--output", "."), "--output is ., a folder, must be a file"),
         (("--tasks", "piqa", "--data", "gone"), "--data is gone, must be a folder with a jsonl file a task"),
@@ -47,6 +52,17 @@ def test_options_that_do_not_go_together_are_refused(remoe, run_folder, options,
     outcome = remoe("eval", run_folder, *options)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("task", "fix"), [("piqua", "did you mean 'piqa'?"), ("@@@", "try --tasks piqa")])
+def test_a_task_that_there_is_not_leads_to_those_there_are(remoe, run_folder, task, fix):
+    pytest.importorskip("lm_eval")
+    outcome = remoe("eval", run_folder, "--tasks", task, "--device", "cpu")
+    assert outcome.code == 2
+    allowed = "must name tasks of lm-evaluation-harness (`lm_eval ls tasks` lists them) or the groups remoe_seven and"
+    assert outcome.err.startswith(f"remoe: --tasks names {task!r}, {allowed}")
+    assert outcome.err.endswith(f"; {fix}\n")
 
 
 def test_without_the_harness_it_says_how_to_get_it(remoe, run_folder, data, monkeypatch):

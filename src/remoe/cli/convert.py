@@ -50,7 +50,10 @@ def convert_command(
     from remoe.export import check_new
 
     check_choice("--from", source_format, ("auto", "megatron"))
+    check_choice("--router", router, ("relu", "topk"))
     check_new(to)
+    _check_source(source, source_format)
+    _check_text(source, data, tokenizer, is_needed=router == "relu" and source_format == "auto")
     if source_format == "megatron":
         refuse_unused(context)
         print(convert_from_megatron(source, to, tokenizer))
@@ -62,6 +65,38 @@ def convert_command(
     )  # fmt: skip
     result = convert(source, to, config)
     print(json.dumps(result.to_dict(), indent=1) if as_json else _text(result, to))
+
+
+def _check_source(source: Path, source_format: str) -> None:
+    """Raise CheckpointError where there is nothing that could be converted."""
+    from remoe.errors import CheckpointError
+    from remoe.training import checkpoint
+    from remoe.training.saved import run_of
+
+    marks = (checkpoint.RECORD, checkpoint.MANIFEST, "config.json")
+    if source_format == "auto" and run_of(source) is None and not any((source / mark).is_file() for mark in marks):
+        raise CheckpointError(
+            f"{source} is not a run, a checkpoint, an export or a folder of transformers with its config.json; "
+            "`remoe runs` lists the runs, --from megatron reads a checkpoint of Megatron"
+        )
+
+
+def _check_text(source: Path, data: str | None, tokenizer: str | None, is_needed: bool) -> None:
+    """Raise what stands in the way of tokenizing the text, before the weights are read, not after."""
+    from remoe.convert.text import tokenizer_beside
+    from remoe.data import check_validation, load_tokenizer
+    from remoe.errors import DataError
+    from remoe.eval.held_out import text_beside
+
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+    elif is_needed:
+        tokenizer = tokenizer_beside(source, None)
+    if data is not None and is_needed:
+        try:
+            check_validation(text_beside(source, data, tokenizer=tokenizer))
+        except DataError as error:
+            raise DataError(str(error).replace("data.validation", "--data")) from None
 
 
 def _text(result: "Conversion", to: Path) -> str:

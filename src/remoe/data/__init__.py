@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remoe.data.config import DataConfig
-    from remoe.data.corpus import Corpus, HeldOutText, open_corpus, open_validation
+    from remoe.data.corpus import Corpus, HeldOutText, check_validation, open_corpus, open_validation
     from remoe.data.dataset import BlendedDataset, TokenDataset
     from remoe.data.indexed import IndexedFile, IndexedWriter
     from remoe.data.named_tokenizer import load_saved_tokenizer, load_tokenizer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # on first use: the worker processes of `prepare` never need torch
 _HOME = {
     "DataConfig": "config",
-    **dict.fromkeys(("Corpus", "HeldOutText", "open_corpus", "open_validation"), "corpus"),
+    **dict.fromkeys(("Corpus", "HeldOutText", "check_validation", "open_corpus", "open_validation"), "corpus"),
     **dict.fromkeys(("BlendedDataset", "TokenDataset"), "dataset"),
     **dict.fromkeys(("IndexedFile", "IndexedWriter"), "indexed"),
     **dict.fromkeys(("load_saved_tokenizer", "load_tokenizer"), "named_tokenizer"),
@@ -25,8 +25,8 @@ _HOME = {
 
 __all__ = [
     "Batch", "BlendedDataset", "Corpus", "DataConfig", "HeldOutText", "IndexedFile", "IndexedWriter", "Sampler",
-    "TokenDataset", "Tokenizer", "load_saved_tokenizer", "load_tokenizer", "open_corpus", "open_validation",
-    "validation_batches",
+    "TokenDataset", "Tokenizer", "check_validation", "load_saved_tokenizer", "load_tokenizer", "open_corpus",
+    "open_validation", "validation_batches",
 ]  # fmt: skip
 
 

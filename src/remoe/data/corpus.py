@@ -52,6 +52,12 @@ def open_validation(config: DataConfig) -> HeldOutText:
     return HeldOutText(_blend(datasets, [None] * len(datasets), _domains(datasets)), tokenizer)
 
 
+def check_validation(config: DataConfig) -> None:
+    """Raise what open_validation raises of a validation text that is not there or no text, without reading it."""
+    if config.validation is not None:
+        _locate("data.validation", config.validation, config)
+
+
 def open_corpus(config: DataConfig) -> Corpus:
     """Open the text a config names; text files are tokenised once and cached.
 

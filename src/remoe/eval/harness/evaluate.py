@@ -103,8 +103,10 @@ def _run(path: Path | str, names: Sequence[str], folder: str | None, config: Har
 def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
+            hint = nearest(name, (*known, *GROUPS), otherwise="")
             raise ConfigError(
-                f"there is no task {name!r}; {nearest(name, (*known, *GROUPS), otherwise='')}".rstrip("; ")
+                f"--tasks names {name!r}, must name tasks of lm-evaluation-harness (`lm_eval ls tasks` lists them) or "
+                f"the groups {' and '.join(GROUPS)}; {hint or 'try --tasks piqa'}"
             )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remoe.errors import ConfigError, DataError, MissingExtraError, nearest
+from remoe.errors import ConfigError, DataError, MissingExtraError, one_of
+from remoe.eval.harness.groups import GROUPS
 
 SPLIT_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 
@@ -59,7 +60,10 @@ def write_tasks(names: Iterable[str], data: Path, folder: Path, num_fewshot: int
         raise DataError(f"--data is {data}, must be a folder with a jsonl file a task, such as arc_easy_test.jsonl")
     for name in names:
         if name not in TASKS:
-            raise ConfigError(f"task {name!r} cannot be read from local files; {nearest(name, TASKS)}")
+            raise ConfigError(
+                f"--tasks names {name!r}, which cannot be read from local files; with --data it "
+                f"{one_of(name, [*TASKS, *GROUPS])}"
+            )
         files = _files(name, data)
         _check_scored(name, files, data)
         if num_fewshot and len(files) == 1:
