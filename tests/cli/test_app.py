@@ -91,14 +91,18 @@ def test_exit_code_is_the_errors_own(capsys):
     assert lines[2] == "remoe: runs/x: No space left on device; name a place that can be written, with room"
 
 
-def test_a_file_that_may_not_be_read_is_not_told_as_one_to_write(capsys, monkeypatch):
-    def read():
-        raise PermissionError(13, "Permission denied", "secret.txt")
+def test_a_file_that_may_not_be_read_is_not_told_as_one_to_write(capsys, tmp_path, monkeypatch):
+    def use(name):
+        def fail():
+            raise PermissionError(13, "Permission denied", str(tmp_path / name))
 
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert exit_code_of(read) == 2
-    said = "secret.txt: Permission denied; must be readable: give yourself access, or name another"
-    assert capsys.readouterr().err == f"remoe: {said}\n"
+        assert exit_code_of(fail) == 2
+        return capsys.readouterr().err.partition("denied; ")[2]
+
+    (tmp_path / "secret.txt").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    assert use("secret.txt") == "must be readable: give yourself access, or name another\n"
+    assert use("new.txt") == "name a place that can be written, with room\n"
 
 
 def test_a_folder_in_place_of_a_file_to_write_is_said_before_anything_is_measured(cli):

@@ -139,6 +139,29 @@ def test_export_writes_into_no_folder_that_holds_something(remoe, run_folder, tm
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_export_leaves_nothing_behind(remoe, run_folder, tmp_path, monkeypatch, there):
+    if there:
+        (tmp_path / "out").mkdir()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("remoe.export.folder.model_card", interrupt)  # all other files are written
+        outcome = remoe("export", run_folder, "--to", "out" if there else "new/out")
+    assert (outcome.code, outcome.err) == (130, "remoe: interrupted\n")
+    assert [path.name for path in tmp_path.rglob("*")] == (["out"] if there else [])
+    assert remoe("export", run_folder, "--to", "out").code == 0
+
+
+def test_an_export_into_a_folder_that_is_there_replaces_its_files(remoe, run_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert remoe("export", run_folder, "--to", "out", "--overwrite").code == 0
+    assert {"mine", "config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
 def test_eval_scores_a_run_and_its_export_alike_on_a_file(remoe, run_folder, tmp_path):
     (tmp_path / "held.txt").write_text("\n".join(f"Some text number {i}, to be scored." for i in range(60)))
     remoe("export", run_folder, "--to", "out")

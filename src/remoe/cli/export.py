@@ -1,5 +1,7 @@
 """`remoe export`: a run's model as a folder that loads with remoe and in transformers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +34,32 @@ def export_command(
         model, step, read = outline(found), found.step, partial(fill, found)
     else:
         model, step, read = load(path), None, None
-    write_export(model, tokenizer, to, run, step, shard_gb * 1e9, read, source=path)
+    holds_files = to.is_dir() and any(to.iterdir())
+    with nullcontext(to) if holds_files else _whole(to) as folder:
+        write_export(model, tokenizer, folder, run, step, shard_gb * 1e9, read, source=path)
     print(f"{to}: {', '.join(sorted(file.name for file in to.iterdir()))}")
     reason = missing_in_transformers(model.config)
     if reason is not None:
         print(f"loads with remoe, not in transformers: {reason}")
+
+
+@contextmanager
+def _whole(to: Path) -> Iterator[Path]:
+    """A folder of the same name beside the new or empty `to`, which it becomes at the end; a failure leaves nothing."""
+    import shutil
+    import tempfile
+
+    to = to.resolve()
+    made = [place for place in to.parents if not place.exists()]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    try:
+        yield beside / to.name
+        if to.exists():
+            to.rmdir()
+        (beside / to.name).rename(to)
+    finally:
+        shutil.rmtree(beside)
+        with suppress(OSError):  # the first one that holds the export, or anything else, ends it
+            for place in made:
+                place.rmdir()

@@ -48,7 +48,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         if error.errno not in NO_ROOM + NO_PATH:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        if error.errno in (errno.EACCES, errno.EPERM) and error.filename and not os.access(error.filename, os.R_OK):
+        is_there = bool(error.filename) and os.path.exists(error.filename)  # Path.exists may itself be refused
+        if error.errno in (errno.EACCES, errno.EPERM) and is_there and not os.access(error.filename, os.R_OK):
             return _say(f"{place}{error.strerror}; must be readable: give yourself access, or name another", 2)
         return _say(f"{place}{error.strerror}; name a place that can be written, with room", NoRoomError.exit_code)
 
