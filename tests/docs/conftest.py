@@ -15,6 +15,17 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def run_page(page: str, folder: Path) -> None:
+    """Run a page's commands and Python blocks in their order: a command a line, a script a block."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(sh|python)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    for number, (language, code) in enumerate(found):
+        script = folder / f"block_{number}.py"
+        script.write_text(code, encoding="utf-8")
+        for command in code.splitlines() if language == "sh" else [f"python {script.name}"]:
+            run_line(command, folder)
+
+
 def run_line(command: str, folder: Path) -> None:
     """Run one command in a folder, as a user does whose environment is active; it must succeed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -1,11 +1,12 @@
 """The commands and the Python of the pages, executed as written, one after the other."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from remoe.training.run import Run
-from tests.docs.conftest import blocks, run_line, run_python
+from tests.docs.conftest import blocks, run_line, run_page, run_python
 
 
 @pytest.mark.slow
@@ -37,15 +38,24 @@ def test_a_text_with_domains_is_trained_on_as_it_is_and_prepared(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.timeout(3000)
-def test_the_story_from_text_to_transformers_runs_without_a_network(tmp_path: Path):
+def test_the_story_of_text_and_of_a_top_k_model_runs_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     data = Path(__file__).resolve().parents[3] / "shared" / "data"
     for folder in ("pile6", "evals"):
         if not (data / folder).is_dir():
             pytest.skip(f"needs {data / folder}")
         (tmp_path / folder).symlink_to(data / folder)
-    for command in "".join(blocks("story.md", "sh")).splitlines():
-        run_line(command, tmp_path)
-    run_python("story.md", tmp_path)
+    run_page("story.md", tmp_path)
+    curve = json.loads((tmp_path / "olmoe-tuned" / "density.json").read_text(encoding="utf-8"))
+    (chosen,) = [point for point in curve["points"] if (point["kind"], point["target"]) == ("per_layer", 1)]
+    assert chosen["active_experts"] == pytest.approx(1, abs=0.1)
+    config = json.loads((tmp_path / "olmoe-sparser" / "config.json").read_text(encoding="utf-8"))
+    assert config["thresholds"] == chosen["thresholds"]
+    assert "The density dial" in (tmp_path / "olmoe-tuned" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_router_written_as_the_page_says_learns(tmp_path: Path):
