@@ -169,7 +169,6 @@ def test_without_other_examples_few_shot_scores_are_refused(harness, run, data):
 
 
 @pytest.mark.heavy
-@pytest.mark.slow  # the harness's own command reads all of its thousands of tasks first
 def test_the_harness_s_own_command_line_knows_our_model_and_the_files(run, data, tmp_path):
     pytest.importorskip("lm_eval")
     command = [sys.executable, "-m", "remoe.eval.harness", "--model", "remoe", "--model_args",

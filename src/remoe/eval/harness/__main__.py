@@ -10,6 +10,9 @@ All else is lm_eval's: few-shot examples, chat templates, logged samples, respon
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from remoe.errors import MissingExtraError, RemoeError
@@ -31,7 +34,8 @@ def main(arguments: list[str]) -> None:
     names = tasks_of(name for part in own.tasks for name in part.split(","))
     with tempfile.TemporaryDirectory(prefix="remoe-tasks-") as folder:
         write_tasks([name for name in names if name in TASKS], own.data, Path(folder), own.num_fewshot)
-        _lm_eval([*without(arguments, "--data", "--tasks", "-t"), "--tasks", *names, "--include_path", folder])
+        others = [*without(arguments, "--data", "--tasks", "-t"), "--tasks", *names, "--include_path", folder]
+        _lm_eval(others, are_local=all(name in TASKS for name in names))
 
 
 def without(arguments: list[str], *options: str) -> list[str]:
@@ -46,7 +50,7 @@ def without(arguments: list[str], *options: str) -> list[str]:
     return kept
 
 
-def _lm_eval(arguments: list[str]) -> None:
+def _lm_eval(arguments: list[str], are_local: bool = False) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
@@ -54,7 +58,21 @@ def _lm_eval(arguments: list[str]) -> None:
     import remoe.eval.harness.model  # noqa: F401  registers the model
 
     sys.argv[1:] = arguments
-    cli_evaluate()
+    with _without_defaults() if are_local else nullcontext():
+        cli_evaluate()
+
+
+@contextmanager
+def _without_defaults() -> Iterator[None]:
+    """Leave the harness's own thousands of tasks unread, which no option of its command line does."""
+    from lm_eval import tasks
+
+    manager = tasks.TaskManager
+    tasks.TaskManager = partial(manager, include_defaults=False)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        tasks.TaskManager = manager
 
 
 if __name__ == "__main__":
