@@ -38,6 +38,10 @@ class OneRankError(TrainingError):
     """What went wrong in one process of several; all other errors are the same in all, and the first one says them."""
 
 
+class OutOfMemoryError(OneRankError):
+    """A device without room for what is asked of it; what a run had saved before is whole."""
+
+
 class MissingExtraError(RemoeError, ImportError):
     """An optional library that the called feature needs and that is not installed."""
 

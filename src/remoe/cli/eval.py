@@ -36,12 +36,14 @@ def eval_command(
     import sys
 
     from remoe.cli.scores import task_table, text_table
+    from remoe.training.memory import needed_for
 
+    enough = needed_for(f"scoring {batch_size} sequences at once", "lower --batch-size or --sequence-length")
     if tasks is None:
         _refuse("needs --tasks", {"--num-fewshot": num_fewshot, "--limit": limit, "--output": output})
         if data is None:
             _refuse("needs --data or --tasks", {"--sequence-length": sequence_length})
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
+        with enough, contextlib.redirect_stdout(sys.stderr):  # standard output is for the scores alone
             text = None if data is None else _held_out(path, data, sequence_length)
             options = {"num_sequences": sequences, "batch_size": batch_size, "device": device, "threshold": threshold}
             scores = _text_scores(path, text, options)
@@ -49,7 +51,7 @@ def eval_command(
         return
     _refuse("is for text, must be left out with --tasks", {"--sequences": sequences})
     options = {"max_length": sequence_length, "num_fewshot": num_fewshot, "limit": limit, "threshold": threshold}
-    with contextlib.redirect_stdout(sys.stderr):
+    with enough, contextlib.redirect_stdout(sys.stderr):
         results = _task_scores(path, words(tasks), data, options | {"batch_size": batch_size, "device": device})
     text = json.dumps(results, indent=2)
     if output is not None:

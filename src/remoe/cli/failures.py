@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from remoe.distributed.world import is_first
-from remoe.errors import NoRoomError, OneRankError, RemoeError, RemoeWarning, nearest
+from remoe.errors import NoRoomError, OneRankError, OutOfMemoryError, RemoeError, RemoeWarning, nearest
 
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -44,6 +44,13 @@ def exit_code_of(command: Callable[[], object]) -> int:
         return _say(str(error), error.exit_code) if speaks else error.exit_code
     except ClickException as error:
         return _usage(error)
+    except (RuntimeError, MemoryError) as error:
+        from remoe.training.memory import described, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        fix = "give it less at a time (--batch-size, --sequence-length), or a larger device"
+        return _say(described(error, "this command", fix), OutOfMemoryError.exit_code)
     except OSError as error:
         if error.errno not in NO_ROOM + NO_PATH:
             raise

@@ -21,6 +21,7 @@ from remoe.training.checkpoint import Checkpoint, NewerSchemaError, newest
 from remoe.training.config import TrainConfig
 from remoe.training.deterministic import same_bits
 from remoe.training.frozen import freeze_routers
+from remoe.training.memory import needed_for
 from remoe.training.progress import LogReporter, Reporter, SilentReporter
 from remoe.training.resume import check_resume
 from remoe.training.run import Run
@@ -80,9 +81,10 @@ def _train_in(call: Call, config: TrainConfig, ranks: Ranks, reporter: Reporter)
     init_from.check_tokenizer(config, corpus.tokenizer)
     config = resolve(config, corpus.tokenizer)
     with own_random_state(config.seed, device):
-        model = init_from.initial_model(config, will_be_restored=start is not None)
-        freeze_routers(model, config.train.freeze_router)
-        trainer = Trainer(config, path, corpus, Stepper(config, model, device, ranks), reporter)
+        with needed_for("building the model", "make it smaller; `remoe plan` estimates what a config takes"):
+            model = init_from.initial_model(config, will_be_restored=start is not None)
+            freeze_routers(model, config.train.freeze_router)
+            trainer = Trainer(config, path, corpus, Stepper(config, model, device, ranks), reporter)
         if start is not None:
             trainer.restore(start)
         elif config.train.init_from is None:

@@ -17,6 +17,7 @@ from remoe.training.ahead import Launched, RunAhead, row_policy
 from remoe.training.checkpoint import Checkpoint
 from remoe.training.config import TrainConfig
 from remoe.training.flips import CALIBRATION_SEQUENCES, FlipMeter
+from remoe.training.memory import needed_for
 from remoe.training.metrics import Metrics, MetricsFile, NoMetricsFile, cut_back
 from remoe.training.micro_batch import Values
 from remoe.training.pace import Pace
@@ -176,6 +177,22 @@ class Trainer:
             self._save()
 
     def _train_on(self, batch: Batch, step: int) -> Values:
+        size = f"{self.stepper.micro_batch} x {self.config.data.sequence_length} tokens"
+        with needed_for(f"step {step}, with micro-batches of {size}", self._needs_less()):
+            return self._measured_step(batch, step)
+
+    def _needs_less(self) -> str:
+        """What to do where there is not enough memory."""
+        begun = f"--resume goes on after step {self.saved_step}" if self.saved_step else "--resume starts again"
+        less = []
+        if self.stepper.micro_batch > 1:
+            less.append(f"train.micro_batch_size below {self.stepper.micro_batch}")
+        if self.config.train.activation_checkpointing not in (True, "full"):
+            less.append("train.activation_checkpointing=full")
+        ways = " or ".join(less) or "a smaller data.sequence_length or model"
+        return f"set {ways} (`remoe plan` estimates what a config takes), {begun}"
+
+    def _measured_step(self, batch: Batch, step: int) -> Values:
         due = self._due(step)
         if not due.flips or self.flips is None:
             return self._timed_step(batch, step) if due.log else self.stepper.run(batch, step)
@@ -201,7 +218,8 @@ class Trainer:
         return Due(flips, validation, saves, flips or validation or step % loop.log_interval == 0)
 
     def _validate(self) -> Metrics:
-        with self.recorder.paused(wait=True):
+        work = needed_for(f"the validation after step {self.step}", self._needs_less())
+        with work, self.recorder.paused(wait=True):
             result = evaluate(
                 self.stepper.model,
                 self._validation_batches(),
