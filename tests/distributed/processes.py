@@ -25,12 +25,16 @@ CONTEXT.set_forkserver_preload(
 )  # fmt: skip
 
 
+GRACE_SECONDS = 10
+"""What is left to the other processes after one has failed, to say what they have to say."""
+
+
 def forked(
     num_processes: int, *command: str, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python COMMAND` on so many processes of this machine, one thread each, with torchrun's environment.
 
-    A process that fails ends the others, and its code is that of all. Raises TimeoutError after `timeout` seconds.
+    A process that fails soon ends the others, and its code is that of all. Raises TimeoutError after `timeout` seconds.
     """
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
@@ -53,21 +57,19 @@ def free_port() -> int:
 
 
 def code_of(processes: list[BaseProcess], timeout: float) -> int:
-    """Wait until all have ended; 0, or the code of the first that failed."""
+    """Wait until all have ended; 0, or the code of the first that failed: the others have a moment left then."""
     deadline, left, code = time.monotonic() + timeout, list(processes), 0
-    while left:
-        ended = wait([process.sentinel for process in left], max(0.0, deadline - time.monotonic()))
-        if not ended:
-            for process in left:
-                process.kill()
-            raise TimeoutError(f"{len(left)} of {len(processes)} processes still run after {timeout} s")
+    while left and (ended := wait([process.sentinel for process in left], max(0.0, deadline - time.monotonic()))):
         for process in [process for process in left if process.sentinel in ended]:
             process.join()
             left.remove(process)
             if process.exitcode and not code:
-                code = process.exitcode
-                for other in left:
-                    other.terminate()
+                code, deadline = process.exitcode, min(deadline, time.monotonic() + GRACE_SECONDS)
+    for process in left:
+        process.kill()
+        process.join()
+    if left and not code:
+        raise TimeoutError(f"{len(left)} of {len(processes)} processes still ran after {timeout} s")
     return code
 
 

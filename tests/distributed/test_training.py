@@ -206,16 +206,22 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_with_the_same_bits(
 def test_a_mistake_is_said_once_and_nothing_is_written(
     config: Callable[..., TrainConfig], tmp_path: Path, changes: list[str], message: str  # noqa: F811
 ):  # fmt: skip
-    path = write_config(tmp_path, config())
-    finished = remoe_train(2, path, tmp_path / "runs", "--set", *changes, start=torchrun)
+    finished = remoe_train(2, write_config(tmp_path, config()), tmp_path / "runs", "--set", *changes)
     assert finished.returncode != 0
     said = [line for line in finished.stderr.splitlines() if line.startswith("remoe: ")]
     assert len(said) == 1
     assert message in said[0]
-    assert "remoe/training" not in finished.stderr, "no traceback but torchrun's own"
-    before, _, after = finished.stderr.partition("Traceback (most recent call last)")
-    assert said[0] in before, "docs/how-to/scale-out.md says how to read it"
-    root_cause = after.partition("Root Cause")[2]
-    assert "exitcode  : 2 " in root_cause
-    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_ends_with_a_traceback_of_its_own_after_the_mistake(
+    config: Callable[..., TrainConfig], tmp_path: Path  # noqa: F811
+):  # fmt: skip
+    path = write_config(tmp_path, config())
+    finished = remoe_train(2, path, tmp_path / "runs", "--set", "train.batch_size=3", start=torchrun)
+    assert finished.returncode == 1
+    before, _, after = finished.stderr.partition("Traceback (most recent call last)")
+    assert "remoe: train.batch_size is 3" in before, "docs/how-to/scale-out.md says how to read it"
+    assert "exitcode  : 2 " in after.partition("Root Cause")[2]
+    assert "remoe/training" not in finished.stderr
