@@ -205,7 +205,7 @@ def test_compare_prints_a_table_with_intervals_and_names_its_report(remoe, tiny,
     command = ("compare", "demo-relu", "--routers", "relu,dense", "--seeds", "0,1", "--name", "c", *tiny)
     outcome = remoe(*command)
     assert outcome.code == 0
-    header, relu, dense = outcome.out.splitlines()[-5:-2]
+    header, relu, dense = outcome.out.splitlines()[-6:-3]
     assert header.split("  ")[0] == "router"
     assert "95 % interval" in header
     assert relu.split()[0] == "relu"

@@ -60,3 +60,12 @@ def test_a_comparisons_table_says_over_which_steps_its_numbers_are():
     row = Row("relu", interval([1.5]), None, 2.0, 1.1, 0.01, 1e12, 900.0)
     said = "losses: on validation text at the end; experts, balance and tokens/s: over the last quarter of the steps"
     assert said in as_table([row], num_seeds=1).splitlines()
+
+
+def test_the_foot_of_a_comparisons_table_explains_inert_where_it_stands_in_it():
+    row = Row("relu", interval([1.5]), None, 2.0, 1.1, 0.01, 1e12, 900.0)
+    trained, inert = (as_table([row._replace(load_balancing_coef=coef)], num_seeds=2) for coef in (0.01, 0.0))
+    assert "inert" not in trained
+    assert "1.100 (inert)" in inert
+    said = "(inert): that balance was measured, the router is not trained for it (load_balancing_coef is 0)"
+    assert inert.splitlines()[-1] == said

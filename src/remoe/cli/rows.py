@@ -8,6 +8,8 @@ from remoe.cli.table import number, table
 if TYPE_CHECKING:
     from remoe.recipes.comparison import Row
 
+INERT = "(inert)"
+
 
 def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
     """The rows of a comparison as text."""
@@ -38,15 +40,22 @@ def as_table(rows: Sequence["Row"], num_seeds: int) -> str:
     windows = (
         "\nlosses: on validation text at the end; experts, balance and tokens/s: over the last quarter of the steps"
     )
-    note = "" if num_seeds > 1 else "\none seed: no interval; --seeds 0,1,2 gives one"
-    return table(header, lines) + windows + note
+    inert = f"\n{INERT}: that balance was measured, the router is not trained for it (load_balancing_coef is 0)"
+    notes = inert if any(_is_inert(row) for row in rows) else ""
+    if num_seeds == 1:
+        notes += "\none seed: no interval; --seeds 0,1,2 gives one"
+    return table(header, lines) + windows + notes
 
 
 def _balance(row: "Row") -> str:
     """The balance term a layer, and whether the arm was trained with it."""
     if row.load_balancing is None:
         return ""
-    return f"{row.load_balancing:.3f}" + ("" if row.load_balancing_coef else " (inert)")
+    return f"{row.load_balancing:.3f}" + (f" {INERT}" if _is_inert(row) else "")
+
+
+def _is_inert(row: "Row") -> bool:
+    return row.load_balancing is not None and not row.load_balancing_coef
 
 
 def _ends(row: "Row") -> str:

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, MissingExtraError
 from remoe.kernels.expert_mlp import grouped, per_expert
 
 NAMES = ("auto", "triton", "grouped_mm", "plain")
@@ -37,9 +37,10 @@ def pick(name: str, hidden_TH: Tensor) -> Backend:
     """The named back-end, or the best for this tensor's device and dtype. Raises ConfigError for one it cannot use."""
     usable = _usable(hidden_TH.device.type, hidden_TH.dtype, hidden_TH.shape[-1] % 8 == 0)
     if name != "auto" and name not in usable:
+        missing = "" if find_spec("triton") else f"; {MissingExtraError('triton', 'triton')}"
         raise ConfigError(
             f"kernels is {name!r}, must be one of auto, {', '.join(usable)} for {hidden_TH.dtype} of width "
-            f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}; triton also needs its package (remoe[triton])"
+            f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}{missing}"
         )
     return _load(usable[0] if name == "auto" else name)
 
