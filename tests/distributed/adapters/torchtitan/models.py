@@ -13,8 +13,9 @@ from torchtitan.protocols.module import Module
 
 VOCABULARY = 2048
 ONE_PROCESS = SimpleNamespace(
-    tp_enabled=False, ep_enabled=False, cp_enabled=False, pp_enabled=False, get_optional_mesh=lambda _: None
-)
+    spmd_backend="spmd_types", tp_enabled=False, ep_enabled=False, cp_enabled=False, pp_enabled=False,
+    get_optional_mesh=lambda _: None,
+)  # fmt: skip
 
 
 class PlainAttention(Module):

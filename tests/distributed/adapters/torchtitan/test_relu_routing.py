@@ -1,6 +1,7 @@
 """torchtitan's MoE with ReLU routing on a CPU; it runs in an environment of its own (docs/how-to/torchtitan.md)."""
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +146,13 @@ def test_other_parallelism_is_refused(kind: str):
         spec.post_optimizer_build_fn(None, [], dims)
 
 
+def test_buffers_as_dtensors_are_refused():
+    spec = with_relu_routing(small_spec(), TOKENS)
+    dims = SimpleNamespace(**(vars(ONE_PROCESS) | {"spmd_backend": "full_dtensor"}))
+    with pytest.raises(ConfigError, match="must be 'spmd_types' or 'partial_dtensor'"):
+        spec.post_optimizer_build_fn(None, [], dims)
+
+
 def test_a_dense_model_is_refused():
     with pytest.raises(ConfigError, match="has no MoE layers"):
         with_relu_routing(model_registry("debugmodel"), TOKENS)
@@ -166,6 +174,23 @@ def test_the_config_of_the_page_is_one_with_relu_routing():
     assert len(layers) == 8
     assert all(isinstance(layer, ReLUMoE.Config) for layer in layers)
     assert layers[0].tokens_per_step == 8 * config.training.seq_len
+    assert config.training.disable_cuda_graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchtitans_own_trainer_trains_it_alone_and_under_fsdp(tmp_path: Path, processes: int):
+    finished = torchrun(processes, "-m", "tests.distributed.adapters.torchtitan.trainer", str(tmp_path), timeout=240)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found, *others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes))
+    assert all(other == found for other in others)
+    assert len(found["losses"]) == 4
+    assert found["losses"][-1] < 0.9 * found["losses"][0]
+    first, second = found["coefficients"]
+    assert first == second
+    steps = math.log(first / 0.3) / math.log(1.2)  # each of four went up or down
+    assert round(steps) in (-4, -2, 0, 2, 4)
+    assert steps == pytest.approx(round(steps), abs=1e-9)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,14 @@ class ReLUMoE(MoE):
         term = self.log_coef.exp() * self.term_share * counts_E1[-1] * l1  # of this rank's tokens
         weights_TE: Tensor = _WithTerm.apply(routing.weights_TE, term)  # pyright: ignore[reportAssignmentType]
         return counted_in_backward(weights_TE, counts_E1, self.routing_counts)
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """As the base's; torchtitan wants a placement of each buffer, here that of the base's bias: on all ranks."""
+        sharding = self._sharding_config
+        if sharding is not None:
+            own = dict.fromkeys(("log_coef", "routing_counts"), sharding.state_shardings["expert_bias_E"])
+            self._sharding_config = dataclasses.replace(sharding, state_shardings=sharding.state_shardings | own)
+        super().parallelize(parallel_dims)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)

@@ -45,8 +45,13 @@ def register_sparsity_hook(
 ) -> None:
     """After each optimizer step move the coefficient of all layers by the counts of all ranks (ReMoE eq. 7).
 
-    Raises ConfigError for tensor, expert, context and pipeline parallelism.
+    Raises ConfigError for tensor, expert, context and pipeline parallelism, and for buffers that are DTensors.
     """
+    if parallel_dims.spmd_backend == "full_dtensor":
+        raise ConfigError(
+            "parallelism.spmd_backend is 'full_dtensor', must be 'spmd_types' or 'partial_dtensor' with ReLU routing, "
+            "whose counts are plain tensors"
+        )
     for name in ("tp", "ep", "cp", "pp"):
         if getattr(parallel_dims, f"{name}_enabled"):
             raise ConfigError(
