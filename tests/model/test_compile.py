@@ -20,9 +20,27 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("moe_layers", ["none", [1], "all"])
-@pytest.mark.parametrize("router", ["relu", "topk"])
+QUICK = [
+    ("relu", "none", False),
+    ("relu", [1], True),
+    ("relu", "all", False),
+    ("topk", [1], False),
+    ("topk", "all", True),
+]
+SLOW = [
+    ("relu", "none", True),
+    ("relu", [1], False),
+    ("relu", "all", True),
+    ("topk", [1], True),
+    ("topk", "all", False),
+]
+"""The other combinations; a dense model has no router."""
+
+
+@pytest.mark.parametrize(
+    ("router", "moe_layers", "checkpointing"),
+    [*QUICK, *(pytest.param(*values, marks=pytest.mark.slow) for values in SLOW)],
+)
 def test_a_step_is_one_graph_with_equal_logits_and_gradients(build, tokens_BS, router, moe_layers, checkpointing):
     model = build(router=router, moe_layers=moe_layers).train()
     model.activation_checkpointing = checkpointing
