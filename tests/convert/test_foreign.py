@@ -132,6 +132,10 @@ def test_trainer_trains_on_and_the_callback_steers(build_family, text, tmp_path)
     assert converted.config.sparsity_coef == pytest.approx(coefs[-1])
     trainer.save_model(str(tmp_path / "on"))
     assert (tmp_path / "on" / "modeling_relu_moe.py").is_file()
+    with torch.no_grad():
+        logits_BSV = converted(text.calibration.tokens_BS[:2]).logits
+    predictions = trainer.predict([{"input_ids": row, "labels": row} for row in text.calibration.tokens_BS[:2]])
+    torch.testing.assert_close(torch.from_numpy(predictions.predictions), logits_BSV)
 
 
 def test_a_tensor_without_a_place_is_an_error(build_family):

@@ -90,6 +90,9 @@ class ReLUMoEConfig(_Mixed):
     """Mixed into a family's config, whose num_experts_per_tok then counts the columns that a gate returns: all E."""
 
     is_relu_gated = True
+    keys_to_ignore_at_inference = [  # noqa: RUF012  the Trainer adds a list to it
+        "past_key_values", "router_logits", "aux_loss", "tokens_per_expert", "num_tokens",
+    ]  # fmt: skip
     target_experts_per_tok = 1
     """The k that the source had, and training steers to."""
     thresholds: Any = 0.0
