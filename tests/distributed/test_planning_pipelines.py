@@ -214,16 +214,30 @@ def test_stages_pass_on_over_the_slowest_link_between_them():
     assert gpus.pass_seconds(1e9, 2, 8) == gpus.pass_seconds(1e9, 4, 4) == 1e9 / network
 
 
-def test_what_is_reduced_at_the_end_of_a_step_is_waited_for():
+@pytest.mark.parametrize(("stages", "neighbours"), [(2, 1), (3, 2), (4, 2)])
+def test_a_stage_waits_for_each_of_its_neighbours_and_the_first_micro_batch_for_all_hops(stages: int, neighbours: int):
+    """Links so slow that nothing else counts: 33 numbers of 4 bytes a hop, there and back."""
+    gpus = machine()
+    slow = dataclasses.replace(gpus.constants["host_link"], value=1.0)
+    slow_gpus = dataclasses.replace(gpus, constants=gpus.constants | {"host_link": slow})
+    found = step_time(job(), layout(stages, pipeline=stages), slow_gpus)
+    assert found.exchanges == pytest.approx(8 * neighbours * 4 * 33, rel=0.01)
+    hops = 2 * (stages - 1)
+    assert found.total == pytest.approx((hops + 7 * neighbours) * 4 * 33, rel=0.01), "the first one, and 7 others"
+
+
+def test_what_is_reduced_at_the_end_of_a_step_is_waited_for_once():
     """All else of a large stage hides its gathers: only 4 bytes a parameter of one stage are left, over a host's links.
 
-    Its 4 ranks pass 3/4 of them on.
+    Its 4 ranks pass 3/4 of them on; that the other stage waits a micro-batch long has nothing to do with it.
     """
     gpus = machine()
     wide = dataclasses.replace(SMALL, hidden_size=512, intermediate_size=2048, vocab_size=1)
     large = job(wide, batch_size=32, sequence_length=4096, is_compiled=True)
-    found, num_parameters = step_time(large, layout(8, pipeline=2), gpus), large.stages(2)[0].job.parts.total
+    split, num_parameters = layout(8, pipeline=2), large.stages(2)[0].job.parts.total
+    found = step_time(large, split, gpus)
     assert found.gathers == pytest.approx(3 / 4 * 4 * num_parameters / gpus["host_link"], rel=0.01)
+    assert found.bubble == pytest.approx((found.compute + found.exchanges) / large.num_micro_batches(split), rel=1e-4)
 
 
 def test_a_micro_batch_is_small_enough_for_all_stages_to_have_one():
@@ -245,7 +259,7 @@ def test_pipelines_come_first_between_hosts_that_a_slow_network_joins():
 
 @pytest.mark.parametrize(("sequences", "wins"), [(2048, False), (8192, True)])
 def test_a_hundred_billion_parameters_gain_by_stages_if_a_batch_fills_them(sequences: int, wins: bool):
-    """On 1,024 GPUs: with 2 sequences each, 4 stages idle for a quarter of the step; with 8 it pays that all experts of
+    """On 1,024 GPUs: with 2 sequences each, 4 stages idle for a fifth of the step; with 8 it pays that all experts of
     a layer then fit into a host.
     """
     large = job_of(read_config("remoe-100b-relu", [f"train.batch_size={sequences}"]))

@@ -44,6 +44,11 @@ class Job:
     """False for stages that leave final norm and output head to the last one."""
 
     @property
+    def num_neighbours(self) -> int:
+        """Stages that it exchanges micro-batches with: one for those at the ends; none without a pipeline."""
+        return 2 - self.has_embedding - self.has_head
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of a number that products are made of."""
         return 2 if self.precision == "bf16" else 4

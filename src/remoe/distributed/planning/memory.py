@@ -49,8 +49,7 @@ def _stage_memory(stage: Stage, parallel: ParallelConfig, whole: Job) -> GpuMemo
         state, gathered = STATE_BYTES * job.parts.total // parallel.shared_by, _gathered(job, parallel)
     sent, sent_at_start = (_exchanged(job, parallel, active) for active in job.active_experts)
     activations, at_start = kept.activations + sent, kept.activations_at_start + sent_at_start
-    directions = 2 - job.has_embedding - job.has_head
-    received = directions * job.num_micro_batches(parallel) * handed_bytes(whole, parallel)
+    received = job.num_neighbours * job.num_micro_batches(parallel) * handed_bytes(whole, parallel)
     fixed = state + gathered + received
     return GpuMemory(
         state=state,

@@ -44,11 +44,13 @@ class MicroBatchTime(NamedTuple):
     compute: float
     exchanges: float
     gathers: float
+    reduction: float
+    """Its share of what is reduced once, after the last one."""
 
     @property
     def total(self) -> float:
         """From getting it until the next one can come."""
-        return sum(self)
+        return self.compute + self.exchanges + self.gathers
 
 
 def step_time(job: Job, parallel: ParallelConfig, gpus: Machine, *, at_start: bool = False) -> StepTime:
@@ -64,13 +66,14 @@ def step_time(job: Job, parallel: ParallelConfig, gpus: Machine, *, at_start: bo
     bubble = sum(stage.num_alike * one.total for stage, one in zip(stages, times, strict=True)) - slowest.total
     optimizer = OPTIMIZER_BYTES * max(_shard(stage.job, parallel) for stage in stages) / gpus["memory_rate"]
     num = job.num_micro_batches(parallel)
+    reduction = num * slowest.reduction
     return StepTime(
         compute=num * slowest.compute,
         exchanges=num * slowest.exchanges,
-        gathers=num * slowest.gathers,
+        gathers=num * slowest.gathers + reduction,
         bubble=bubble,
         optimizer=optimizer,
-        total=num * slowest.total + bubble + optimizer,
+        total=num * slowest.total + bubble + reduction + optimizer,
     )
 
 
@@ -80,7 +83,7 @@ def _micro_batch_time(
     compute = _compute_seconds(job, parallel, gpus, job.active_experts[at_start])
     sent = stage_traffic(job, parallel, handed, at_start=at_start)
     exchanges = _exchange_seconds(sent, job, parallel, gpus)
-    return MicroBatchTime(compute, exchanges, _gather_seconds(sent, job, parallel, gpus, compute))
+    return MicroBatchTime(compute, exchanges, *_gather_seconds(sent, job, parallel, gpus, compute))
 
 
 def _shard(job: Job, parallel: ParallelConfig) -> float:
@@ -155,8 +158,10 @@ def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: M
     return seconds + gpus.pass_seconds(sent.stages, parallel.pipeline, parallel.data_replicate * parallel.shared_by)
 
 
-def _gather_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine, compute: float) -> float:
-    """What the computation does not hide. In a pipeline that is all of the reduction, after the last backward pass."""
+def _gather_seconds(
+    sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine, compute: float
+) -> tuple[float, float]:  # fmt: skip
+    """What the computation does not hide, and in a pipeline the reduction after the last backward pass."""
     units, ranks = unit_traffic(job, parallel), parallel.shared_by
     gathered, reduced = (
         gpus.gather_seconds(experts, ranks // parallel.expert, parallel.expert) + gpus.gather_seconds(others, ranks)
@@ -164,5 +169,5 @@ def _gather_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Mac
     )
     reduced += gpus.gather_seconds(sent.replicas, parallel.data_replicate, ranks)
     if parallel.pipeline > 1:
-        return max(0.0, gathered - compute) + reduced
-    return max(0.0, gathered + reduced - compute)
+        return max(0.0, gathered - compute), reduced
+    return max(0.0, gathered + reduced - compute), 0.0

@@ -36,19 +36,19 @@ class Units(NamedTuple):
 
 def traffic(job: Job, parallel: ParallelConfig, *, at_start: bool = False) -> Traffic:
     """Of the busiest rank in the steady state, with top_k experts a token, or at the start."""
-    handed = _handed_on(job, parallel)
+    handed = handed_bytes(job, parallel)
     found = [stage_traffic(stage.job, parallel, handed, at_start=at_start) for stage in job.stages(parallel.pipeline)]
     return max(found, key=lambda one: sum(astuple(one)))
 
 
 def stage_traffic(job: Job, parallel: ParallelConfig, handed: float, *, at_start: bool = False) -> Traffic:
-    """Of one rank of a stage, or without a pipeline of the model, that hands on so many bytes."""
+    """Of one rank of a stage, or without a pipeline of the model; each neighbour gets `handed` bytes."""
     return Traffic(
         all_to_all=_all_to_all(job, parallel, job.active_experts[at_start]),
         gathers=sum(sum(units) for units in unit_traffic(job, parallel).values()),
         replicas=_replicas(job, parallel),
         sequence=_sequence(job, parallel),
-        stages=handed,
+        stages=job.num_neighbours * handed,
     )
 
 
@@ -73,11 +73,6 @@ def unit_traffic(job: Job, parallel: ParallelConfig) -> dict[str, Units]:
 def handed_bytes(job: Job, parallel: ParallelConfig) -> int:
     """What one stage sends the next for a micro-batch, or gets back for it: hidden states, router state and loss."""
     return HANDED_BYTES * (job.workload(parallel).num_tokens * (job.model.hidden_size + job.state_size) + 1)
-
-
-def _handed_on(job: Job, parallel: ParallelConfig) -> float:
-    """Of the busiest stage: one between two others sends both ways."""
-    return min(parallel.pipeline - 1, 2) * handed_bytes(job, parallel)
 
 
 def _gathers(job: Job, parallel: ParallelConfig) -> float:
