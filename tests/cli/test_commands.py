@@ -155,6 +155,17 @@ def test_an_interrupted_export_leaves_nothing_behind(remoe, run_folder, tmp_path
     assert remoe("export", run_folder, "--to", "out").code == 0
 
 
+def test_an_empty_folder_is_filled_and_not_replaced(remoe, run_folder, tmp_path, monkeypatch):
+    """It may be a mount, which cannot be removed, or the folder that a shell is in."""
+    (tmp_path / "out").mkdir()
+    before = (tmp_path / "out").stat().st_ino
+    monkeypatch.chdir(tmp_path / "out")
+    assert remoe("export", run_folder, "--to", ".").code == 0
+    assert (tmp_path / "out").stat().st_ino == before
+    assert 'remoe.load("out")' in (tmp_path / "out" / "README.md").read_text()
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
+
+
 def test_an_export_into_a_folder_that_is_there_replaces_its_files(remoe, run_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

@@ -45,21 +45,27 @@ def export_command(
 
 @contextmanager
 def _whole(to: Path) -> Iterator[Path]:
-    """A folder of the same name beside the new or empty `to`, which it becomes at the end; a failure leaves nothing."""
+    """A folder of the same name that becomes the new `to` at the end; a failure leaves nothing.
+
+    An empty `to` is filled, not replaced: it may be a mount, or somebody's working directory.
+    """
     import shutil
     import tempfile
 
-    to = to.resolve()
+    to, is_there = to.resolve(), to.is_dir()
     made = [place for place in to.parents if not place.exists()]
     to.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to if is_there else to.parent))
+    whole = aside / to.name
     try:
-        yield beside / to.name
-        if to.exists():
-            to.rmdir()
-        (beside / to.name).rename(to)
+        yield whole
+        if not is_there:
+            whole.rename(to)
+        else:
+            for file in whole.iterdir():
+                file.rename(to / file.name)
     finally:
-        shutil.rmtree(beside)
+        shutil.rmtree(aside)
         with suppress(OSError):  # the first one that holds the export, or anything else, ends it
             for place in made:
                 place.rmdir()
