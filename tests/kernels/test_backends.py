@@ -7,13 +7,19 @@ from remoe.errors import ConfigError
 from remoe.kernels.expert_mlp import backends
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_kernels_that_cannot_run_here_are_told_and_how_to_get_triton_only_where_it_is_missing(
-    is_installed, monkeypatch
+@pytest.mark.parametrize(
+    ("name", "is_installed", "fix"),
+    [
+        ("triton", True, ""),
+        ("triton", False, "; triton is not installed; it comes with: pip install 'remoe[triton]'"),
+        ("grouped_mm", False, ""),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_told_and_how_to_get_triton_where_it_is_wanted_and_missing(
+    name, is_installed, fix, monkeypatch
 ):
     monkeypatch.setattr(backends, "find_spec", lambda name: object() if is_installed else None)
     with pytest.raises(ConfigError) as caught:
-        backends.pick("triton", torch.zeros(2, 16))
-    said, _, fix = str(caught.value).partition("; ")
-    assert said == "kernels is 'triton', must be one of auto, plain for torch.float32 of width 16 on cpu"
-    assert fix == ("" if is_installed else "triton is not installed; it comes with: pip install 'remoe[triton]'")
+        backends.pick(name, torch.zeros(2, 16))
+    said = f"kernels is {name!r}, must be one of auto, plain for torch.float32 of width 16 on cpu"
+    assert str(caught.value) == said + fix

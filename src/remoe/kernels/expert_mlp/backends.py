@@ -37,7 +37,8 @@ def pick(name: str, hidden_TH: Tensor) -> Backend:
     """The named back-end, or the best for this tensor's device and dtype. Raises ConfigError for one it cannot use."""
     usable = _usable(hidden_TH.device.type, hidden_TH.dtype, hidden_TH.shape[-1] % 8 == 0)
     if name != "auto" and name not in usable:
-        missing = "" if find_spec("triton") else f"; {MissingExtraError('triton', 'triton')}"
+        is_missing = name == "triton" and not find_spec("triton")
+        missing = f"; {MissingExtraError('triton', 'triton')}" if is_missing else ""
         raise ConfigError(
             f"kernels is {name!r}, must be one of auto, {', '.join(usable)} for {hidden_TH.dtype} of width "
             f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}{missing}"
