@@ -93,6 +93,7 @@ def test_eval_takes_one_number_for_all_layers(remoe, own_run):
         (("--choose", "0.5"), "--choose and --to go together"),
         (("--one-number",), "--one-number needs --choose: it says which thresholds are saved"),
         (("--sequence-length", "16"), "--sequence-length needs --data"),
+        (("--device", "gpu"), "--device is 'gpu', must be auto, cpu, cuda or cuda:N"),
         (("--targets", "some"), "--targets is 'some', must be numbers such as 0.5,1,1.5"),
         (("--targets", "99"), "a target is 99.0, must be between 0 and the layer's"),
         (("--choose", "0.5", "--to", "runs"), "--to is runs, which holds files, must be new or empty"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from remoe.cli.options import AsJson, RunPath, words
+from remoe.cli.options import AsJson, Device, RunPath, words
 from remoe.cli.table import table
 from remoe.errors import ConfigError
 
@@ -28,7 +28,7 @@ def density_command(
     sequences: Annotated[int, Option(help="sequences to measure on", min=1)] = 64,
     calibration_sequences: Annotated[int, Option(help="sequences before them, to choose on", min=1)] = 32,
     batch_size: Annotated[int, Option(help="sequences of one forward pass", min=1)] = 16,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure loss against active experts: the curve of the density dial.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class ConvertedModel(nn.Module):
         routings = tuple(_routing(output, threshold, mask_T) for output, threshold in gates)
         if labels_BS is None:
             return ModelOutput(logits_BSV, routings)
-        wide_TV = logits_BSV.flatten(0, 1).float()
+        wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
         losses = F.cross_entropy(wide_TV, labels_BS.flatten(), ignore_index=NO_LABEL, reduction=reduction)
         return LossOutput(losses if reduction == "sum" else losses.view_as(labels_BS), routings)
 
