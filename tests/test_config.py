@@ -62,6 +62,8 @@ def test_every_key_has_a_default_and_a_line_of_help():
         ({"model": {"router": {"name": "relu", "epz": 1}}}, "model.router 'relu' has no option 'epz'"),
         ({"optimizer": {"schedule": "cosin"}}, "cosine, linear, wsd, constant; did you mean 'cosine'?"),
         ({"model": {"num_layers": 2.5}}, "model.num_layers is 2.5, must be a whole number; e.g. 4"),
+        ({"model": {"hidden_size": None}}, "model.hidden_size is null, must be a whole number; e.g. 256"),
+        ({"name": True}, "name is true, must be text; e.g. "),
         ({"model": {"vocab_size": "x"}}, "model.vocab_size is 'x', must be a whole number or null; e.g. 4"),
         ({"model": {"moe_layers": ["x"]}}, "moe_layers is ['x'], must be text or a list of whole numbers; e.g. all"),
         ({"model": {"router": {"name": "relu", "eps": "x"}}}, "router option eps is 'x', must be a number; e.g. 0.1"),

@@ -241,11 +241,11 @@ def _described(kind: Any) -> tuple[str, str]:
 
 
 def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _as_yaml(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
