@@ -7,9 +7,11 @@ from typer import Argument, Option
 
 from remoe.cli.options import existing
 
+RUNS_HELP = "runs or comparisons, the main one first; or models that are no runs, with a curve of `remoe density`"
+
 
 def analyze_command(
-    runs: Annotated[list[Path], Argument(metavar="RUN", help="runs or comparisons; the first is the main one")],
+    runs: Annotated[list[Path], Argument(metavar="RUN", help=RUNS_HELP)],
     to: Annotated[Path | None, Option("--to", metavar="FILE", help="the report; by default the first run's")] = None,
 ) -> None:
     """Look at what routers do.
