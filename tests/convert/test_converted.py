@@ -168,6 +168,8 @@ def test_what_cannot_be_read_is_one_error(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         ({"thresholds": [0.1, 0.2]}, "thresholds has 2 numbers, must be one, or one for each of 3"),
+        ({"thresholds": "x"}, "thresholds is 'x', must be finite numbers"),
+        ({"thresholds": [0.1, None, 0.2]}, "must be finite numbers"),
         ({"model_type": "relu_llama"}, "is 'relu_llama', must be one of relu_mixtral, relu_olmoe"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))

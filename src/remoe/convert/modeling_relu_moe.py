@@ -124,8 +124,8 @@ class ReLUMoE(_Mixed):
     def set_thresholds(self, thresholds: float | list[float]) -> None:
         """Turn the density dial: one number, or one for each MoE layer. It is saved with the model."""
         each = thresholds if isinstance(thresholds, list) else [thresholds] * len(self.gates)
-        if not all(math.isfinite(threshold) for threshold in each):
-            raise ValueError(f"thresholds is {thresholds}, must be finite")
+        if not all(isinstance(threshold, int | float) and math.isfinite(threshold) for threshold in each):
+            raise ValueError(f"thresholds is {thresholds!r}, must be finite numbers")
         if len(each) != len(self.gates):
             raise ValueError(f"thresholds has {len(each)} numbers, must be one, or one for each of {len(self.gates)}")
         self.config.thresholds = thresholds
