@@ -41,6 +41,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COEFFICIENT = 0.3
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5}  # in fp64 too both compute rotary angles in fp32
+AMPLIFIED = 8
+"""In fp32 gradients may be this many times as far apart as ours are from those in fp64: normalised gates divide by
+their rms, which for some tokens is near 0, and enlarge what rounding leaves, in either program.
+"""
 
 
 @pytest.fixture(params=CONFIGS)
@@ -88,5 +92,13 @@ def test_outputs_and_all_gradients_are_those_of_our_model(config: Any, router: A
     native_loss(ours, config, router, tokens_BS).backward()
     found, expected = to_native(gradients(theirs), own_config), gradients(ours)
     assert found.keys() == expected.keys()
+    wide = native_model(own_config, to_native(theirs.state_dict(), own_config)).double()
+    native_loss(wide, config, router, tokens_BS).backward()
+    rounding = max(relative_error(expected[name], gradient) for name, gradient in gradients(wide).items())
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, **close, msg=lambda text, n=name: f"{n}: {text}")
+        assert relative_error(found[name], gradient) < TOLERANCES[config.params_dtype] + AMPLIFIED * rounding, name
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
