@@ -6,6 +6,7 @@ from dataclasses import replace
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
+from remoe.moe.routers import router_class
 
 SIZES = ("data_replicate", "expert", "tensor", "pipeline", "context")
 WHOLE_SEQUENCES = ("lory",)
@@ -96,6 +97,14 @@ def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
             "whose ranks it borrows"
         )
     return parallel
+
+
+def check_model(parallel: ParallelConfig, model: ReMoEConfig, sequence_length: int) -> None:
+    """ConfigError where ranks cannot share this model's experts, layers or sequences."""
+    kind = getattr(router_class(model.moe.router_name), "experts", "grouped")
+    check_experts(parallel, model.moe.routed_experts if model.num_moe_layers else 0, kind)
+    check_layers(parallel, model.num_layers)
+    check_sequence(parallel, model, sequence_length)
 
 
 def check_experts(parallel: ParallelConfig, num_experts: int, kind: str) -> None:

@@ -5,16 +5,8 @@ import dataclasses
 import torch
 
 from remoe.data.tokenizer import Tokenizer, check_vocabulary
-from remoe.distributed.config import (
-    ParallelConfig,
-    check_experts,
-    check_layers,
-    check_sequence,
-    own_micro_batch,
-    resolve_parallel,
-)
+from remoe.distributed.config import ParallelConfig, check_model, own_micro_batch, resolve_parallel
 from remoe.errors import ConfigError
-from remoe.moe.routers import router_class
 from remoe.training.config import TrainConfig
 
 
@@ -36,13 +28,9 @@ def pick_device(name: str, key: str = "train.device") -> torch.device:
 def resolve_ranks(config: TrainConfig, world_size: int) -> ParallelConfig:
     """The `parallel` section filled in for so many processes. ConfigError where run and processes do not fit."""
     parallel = resolve_parallel(config.parallel, world_size)
-    moe, loop = config.model.moe, config.train
-    has_experts = config.model.num_moe_layers > 0
-    kind = getattr(router_class(moe.router_name), "experts", "grouped")
-    check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
-    check_layers(parallel, config.model.num_layers)
+    loop = config.train
+    check_model(parallel, config.model, config.data.sequence_length)
     own_micro_batch(parallel.data_ranks, loop.batch_size, loop.micro_batch_size, parallel.pipeline)
-    check_sequence(parallel, config.model, config.data.sequence_length)
     if world_size > 1 and loop.cuda_graphs:
         raise ConfigError("train.cuda_graphs is true, must be false with more than one process for now")
     return parallel

@@ -6,21 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from remoe.distributed.config import (
-    SIZES,
-    ParallelConfig,
-    check_experts,
-    check_layers,
-    check_sequence,
-    own_micro_batch,
-    resolve_parallel,
-)
+from remoe.distributed.config import SIZES, ParallelConfig, check_model, own_micro_batch, resolve_parallel
 from remoe.distributed.planning.parts import Parts
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig, router_without_values
 from remoe.model.part import layers_of_part
 from remoe.model.size import Memory, Workload, active_at_start, plan
-from remoe.moe.routers import router_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +99,10 @@ class Job:
 
     def layout(self, num_gpus: int, **sizes: int) -> ParallelConfig | None:
         """The layout with these sizes, 1 where none is given; None where model or batch cannot be shared so."""
-        moe = self.model.moe
-        has_experts = self.model.num_moe_layers > 0
-        kind = getattr(router_class(moe.router_name), "experts", "grouped")
         try:
             sizes = dict.fromkeys(SIZES, 1) | sizes
             parallel = resolve_parallel(replace(self.parallel, data_shard="auto", **sizes), num_gpus)
-            check_layers(parallel, self.model.num_layers)
-            check_experts(parallel, moe.routed_experts if has_experts else 0, kind)
-            check_sequence(parallel, self.model, self.sequence_length)
+            check_model(parallel, self.model, self.sequence_length)
             self.micro_batch(parallel)
         except ConfigError:
             return None
