@@ -5,8 +5,8 @@ from typing import Annotated
 
 from typer import Option
 
-from remoe.cli.bench_options import Chart, Configs, Device, Json, Peers, finish, read_configs
-from remoe.cli.options import Overrides, words
+from remoe.cli.bench_options import Chart, Configs, Json, Peers, finish, read_configs
+from remoe.cli.options import Device, Overrides, words
 
 
 def decode_command(

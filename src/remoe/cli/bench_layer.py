@@ -5,8 +5,8 @@ from typing import Annotated
 
 from typer import Option
 
-from remoe.cli.bench_options import Chart, Deadline, Device, Json, Peers, finish
-from remoe.cli.options import words
+from remoe.cli.bench_options import Chart, Deadline, Json, Peers, finish
+from remoe.cli.options import Device, words
 
 
 def layer_command(

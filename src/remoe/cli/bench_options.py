@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from remoe.cli.options import Device as Device
 from remoe.cli.options import file_to_write, recipes_like, words
 
 if TYPE_CHECKING:

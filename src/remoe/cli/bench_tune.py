@@ -6,8 +6,8 @@ from typing import Annotated
 
 from typer import Option
 
-from remoe.cli.bench_options import Deadline, Device, Json
-from remoe.cli.options import words
+from remoe.cli.bench_options import Deadline, Json
+from remoe.cli.options import Device, words
 
 
 def tune_command(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Context, Option
 
-from remoe.cli.options import AsJson, existing
+from remoe.cli.options import AsJson, data_named, existing
 from remoe.cli.table import table
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def convert_command(
     from remoe.export import check_new
 
     check_choice("--from", source_format, ("auto", "megatron"))
-    check_choice("--router", router, ("relu", "topk"))
     check_new(to)
     _check_source(source, source_format)
     _check_text(source, data, tokenizer, is_needed=router == "relu" and source_format == "auto")
@@ -83,20 +82,17 @@ def _check_source(source: Path, source_format: str) -> None:
 
 def _check_text(source: Path, data: str | None, tokenizer: str | None, is_needed: bool) -> None:
     """Raise what stands in the way of tokenizing the text, before the weights are read, not after."""
-    from remoe.convert.text import tokenizer_beside
+    from remoe.convert.text import tokenizer_for
     from remoe.data import check_validation, load_tokenizer
-    from remoe.errors import DataError
     from remoe.eval.held_out import text_beside
 
     if tokenizer is not None:
         load_tokenizer(tokenizer)
     elif is_needed:
-        tokenizer = tokenizer_beside(source, None)
+        tokenizer = tokenizer_for(source, None)
     if data is not None and is_needed:
-        try:
+        with data_named():
             check_validation(text_beside(source, data, tokenizer=tokenizer))
-        except DataError as error:
-            raise DataError(str(error).replace("data.validation", "--data")) from None
 
 
 def _text(result: "Conversion", to: Path) -> str:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from remoe.cli.options import THRESHOLD, AsJson, Device, RunPath, file_to_write, words
-from remoe.errors import ConfigError, DataError
+from remoe.cli.options import THRESHOLD, AsJson, Device, RunPath, data_named, file_to_write, words
+from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from remoe.data import DataConfig
@@ -79,13 +79,13 @@ def _task_scores(path: Path, tasks: list[str], data: str | None, options: dict[s
 
 
 def _text_scores(path: Path, text: "DataConfig | None", options: dict[str, Any]) -> Any:
+    from contextlib import nullcontext
+
     from remoe.convert.either import load_either
     from remoe.eval import evaluate_checkpoint
 
-    try:
+    with data_named() if text else nullcontext():
         return evaluate_checkpoint(path, text, load=load_either, **options)
-    except DataError as error:
-        raise DataError(str(error).replace("data.validation", "--data")) if text else error from None
 
 
 def _held_out(path: Path, data: str, sequence_length: int | None) -> "DataConfig":

@@ -1,11 +1,13 @@
 """Arguments that several commands share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, DataError
 
 
 def recipes_like(incomplete: str) -> list[str]:
@@ -33,6 +35,15 @@ def file_to_write(parameter: typer.CallbackParam, path: Path | None) -> Path | N
     if path is not None and path.is_dir():
         raise ConfigError(f"{parameter.opts[0]} is {path}, a folder, must be a file")
     return path
+
+
+@contextmanager
+def data_named() -> Iterator[None]:
+    """Inside, errors about `data.validation` name --data, which stands for it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("data.validation", "--data")) from None
 
 
 THRESHOLD = "density dial: what every layer's router logits must be above, in place of the saved thresholds"

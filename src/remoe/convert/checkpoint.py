@@ -6,14 +6,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from remoe.config import check_choice
 from remoe.convert.agreement import Conversion, measure_agreement
 from remoe.convert.model_type import model_type_of
 from remoe.convert.native import from_transformers, missing_in_native, to_transformers
 from remoe.convert.own import Upcycling, native_logits, swap_native_gates, upcycle
-from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_beside
+from remoe.convert.text import ConversionText, TextSizes, read_text, tokenizer_for
 from remoe.data import load_tokenizer
 from remoe.data.tokenizer import CARD
-from remoe.errors import ConfigError, one_of
+from remoe.errors import ConfigError
 from remoe.eval.held_out import text_beside
 from remoe.export import write_export, write_tokenizer
 from remoe.model import ReMoEForCausalLM
@@ -47,8 +48,7 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
     that our block lacks become our own model; other mixtures of experts stay models of transformers, with a model type
     of their own. Raises ConfigError, CheckpointError or DataError before anything is written.
     """
-    if config.router not in ("relu", "topk"):
-        raise ConfigError(f"--router is {config.router!r}, {one_of(config.router, ['relu', 'topk'])}")
+    check_choice("--router", config.router, ("relu", "topk"))
     is_ours = run_of(source) is not None or model_type_of(source) in (None, _OURS)
     model: Any = load(source) if is_ours else _foreign().load_source(source)
     if config.router == "topk":
@@ -59,7 +59,7 @@ def convert(source: Path, to: Path, config: ConvertConfig) -> Conversion:
     else:
         own = model if is_ours else from_transformers(model)
         converted, result = _native(own, source, config)
-        tokenizer = load_tokenizer(tokenizer_beside(source, config.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_for(source, config.tokenizer))
         write_export(converted, tokenizer, to, run_of(source), source=source, is_changed=True)
         result = result if is_ours else replace(result, source=model.config.model_type)
     (to / REPORT).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def _foreign() -> ModuleType:
 def _native(own: ReMoEForCausalLM, source: Path, config: ConvertConfig) -> tuple[ReMoEForCausalLM, Conversion]:
     vocab_size = own.config.vocab_size
     assert vocab_size is not None, "a model that exists knows its vocabulary"
-    tokenizer_beside(source, config.tokenizer)  # told before the work, not after it
+    tokenizer_for(source, config.tokenizer)  # told before the work, not after it
     if own.config.num_moe_layers:
         return swap_native_gates(own, _text(source, config, vocab_size))
     converted = upcycle(own, config.upcycling)
@@ -102,7 +102,7 @@ def _to_topk(model: Any, source: Path, to: Path, tokenizer: str | None) -> Conve
 def _text(source: Path, config: ConvertConfig, vocab_size: int) -> ConversionText:
     run = run_of(source)
     if config.data is not None:
-        tokenizer = tokenizer_beside(source, config.tokenizer)
+        tokenizer = tokenizer_for(source, config.tokenizer)
         data = text_beside(source, config.data, config.sequence_length, tokenizer)
     elif run is not None:
         data = run.config.data

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from remoe.data import Batch, DataConfig, open_validation, validation_batches
 from remoe.data.sampler import NO_LABEL, joined
-from remoe.data.tokenizer import CARD, check_vocabulary
+from remoe.data.tokenizer import check_vocabulary
 from remoe.errors import ConfigError, DataError
-from remoe.training.saved import tokenizer_folder
+from remoe.training.saved import tokenizer_beside
 
 
 class ConversionText(NamedTuple):
@@ -46,16 +46,12 @@ def split_text(sequences: list[Batch], sizes: TextSizes) -> ConversionText:
     return ConversionText(joined(first), [joined(rest[start : start + sizes.batch_size]) for start in starts])
 
 
-def tokenizer_beside(source: Path, given: str | None) -> str:
+def tokenizer_for(source: Path, given: str | None) -> str:
     """The setting of the tokenizer that belongs to a model: the one that was given, or the one saved with it.
 
     Raises ConfigError where there is none.
     """
-    if given is not None:
-        return given
-    folder = tokenizer_folder(source)
-    if (folder / CARD).is_file():
-        return str(folder)
-    if not (folder / "tokenizer.json").is_file():
+    found = tokenizer_beside(source) if given is None else given
+    if found is None:
         raise ConfigError(f"{source} holds no tokenizer; name the model's with --tokenizer")
-    return str(folder / "tokenizer.json")
+    return found

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remoe.data import Batch, Corpus, DataConfig, HeldOutText, open_corpus, open_validation, validation_batches
-from remoe.data.tokenizer import CARD, check_vocabulary
+from remoe.data.tokenizer import check_vocabulary
 from remoe.errors import CheckpointError, ConfigError
 from remoe.eval.text_size import TextSize, sizes_by_domain
 from remoe.model.thresholds import set_thresholds
 from remoe.training.config import TrainConfig
 from remoe.training.loading import config_of, find_checkpoint, is_export, load, load_checkpoint
 from remoe.training.run import TOKENIZER
-from remoe.training.saved import run_of
+from remoe.training.saved import run_of, tokenizer_beside
 from remoe.training.setup import pick_device
 from remoe.training.validation import evaluate
 
@@ -123,17 +123,13 @@ def text_beside(
     `tokenizer` is a setting; None: the run's own, or the one that is in an export, CheckpointError where there is none.
     """
     run = run_of(path)
-    own = run.config.data if run else DataConfig(tokenizer=tokenizer or _tokenizer_in(path))
+    own = run.config.data if run else DataConfig()
+    tokenizer = tokenizer or (own.tokenizer if run else tokenizer_beside(path))
+    if tokenizer is None:
+        raise CheckpointError(f"{path} holds no tokenizer; put the model's tokenizer.json into it")
     return dataclasses.replace(
-        own, validation=text, sequence_length=sequence_length or own.sequence_length,
-        tokenizer=tokenizer or own.tokenizer,
-    )  # fmt: skip
-
-
-def _tokenizer_in(folder: Path) -> str:
-    if not any((folder / name).is_file() for name in (CARD, "tokenizer.json")):
-        raise CheckpointError(f"{folder} holds no tokenizer; put the model's tokenizer.json into it")
-    return str(folder)
+        own, validation=text, sequence_length=sequence_length or own.sequence_length, tokenizer=tokenizer
+    )
 
 
 def summarise(result: dict[str, Any], sizes: dict[str, TextSize]) -> Evaluation:

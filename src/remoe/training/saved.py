@@ -21,6 +21,12 @@ def tokenizer_folder(path: Path) -> Path:
     return run.path / TOKENIZER if run else path
 
 
+def tokenizer_beside(path: Path) -> str | None:
+    """What `data.tokenizer` is for saved weights, ours or those of transformers; None where none is with them."""
+    folder = tokenizer_folder(path)
+    return str(folder) if any((folder / name).is_file() for name in (CARD, "tokenizer.json")) else None
+
+
 def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizer that a run, checkpoint or export was saved with."""
     folder = tokenizer_folder(path)
