@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from tools.torchrun_workers import workers_of
 from remoe.config import to_yaml
 from remoe.training import TrainConfig, train
 from remoe.training.run import Run
+from tests.distributed.processes import free_port
 from tests.training.conftest import config, text  # noqa: F401
 
 PATIENCE_SECONDS = 180
@@ -62,9 +62,7 @@ def test_a_run_goes_on_without_a_machine_and_again_with_a_new_one(
         parallel={"timeout": 30.0},
     )
     (tmp_path / "config.yaml").write_text(to_yaml(built))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     run, agents = tmp_path / "small", []
     try:
         agents += [start_agent(port, tmp_path / "config.yaml", tmp_path)]

@@ -1,7 +1,6 @@
 """The files of examples/launch: valid, and what they start does train, on processes of this machine."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from remoe.training.run import Run
+from tests.distributed.processes import free_port
 
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
 STEPS = 4
@@ -23,12 +23,6 @@ def environment(**values: str) -> dict[str, str]:
     """One thread, no GPU, and torchrun of this Python."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path} | values
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def container_of(name: str) -> dict[str, Any]:
