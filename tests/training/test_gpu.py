@@ -89,11 +89,15 @@ def test_training_attention_runs_in_the_flash_kernel(config, batch):
 
 
 @pytest.mark.parametrize("speed", SPEED, ids=str)
-@pytest.mark.parametrize("router", ["relu", "topk"])
-def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager_ones(config, batch, router, speed):
-    exact = stepper_of(config, model={"router": router}, train=STEADY["train"])
+@pytest.mark.parametrize(("router", "precision"), [("relu", "bf16"), ("topk", "fp32")])
+def test_steps_of_every_kind_with_void_ones_among_them_come_close_to_exact_eager_ones(
+    config, batch, router, precision, speed
+):
+    # Top-K in fp32: where bf16 rounds two logits to a tie, compiled code may choose another expert than eager code does
+    train = STEADY["train"] | {"precision": precision}
+    exact = stepper_of(config, model={"router": router}, train=train)
     start = {name: weight.detach().clone() for name, weight in exact.weights.items()}
-    fast = stepper_of(config, model={"router": router}, train=STEADY["train"] | speed)
+    fast = stepper_of(config, model={"router": router}, train=train | speed)
     ahead = RunAhead(fast, fast.run, Rows((64, 64), (64, 64), (1, 1), (64, 64), (1, 64)))
     expected = [Readout(exact.run(batch, step)).read() for step in range(1, 7)]
     launched = [done for step in range(1, 7) for done in ahead.launch(batch, step)] + ahead.settle()

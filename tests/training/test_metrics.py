@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from remoe.errors import CheckpointError
+from remoe.training import recorder
 from remoe.training.metrics import MetricsFile, cut_back, read_metrics
-from remoe.training.recorder import summarise
+from remoe.training.progress import SilentReporter
+from remoe.training.readout import Readout
+from remoe.training.recorder import Recorder, summarise
+from remoe.training.sinks import Sinks
 
 
 def test_nan_and_infinity_are_written_as_null_at_any_depth(tmp_path):
@@ -25,6 +30,34 @@ def test_cutting_back_drops_later_lines_and_a_half_written_one(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_back(path, 0)
     assert path.read_text() == ""
+
+
+def test_steps_that_come_to_count_together_share_their_time_and_pauses_are_nobodys(config, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(recorder.time, "perf_counter", lambda: now[0])
+    built = config()
+    made = Recorder(built, MetricsFile(tmp_path / "metrics.jsonl"), Sinks(lambda text: None), SilentReporter())
+    zero = Readout({name: torch.tensor(0.0) for name in ("lm_loss", "skipped", "skipped_in_a_row")})
+
+    def finish(steps: list[int], seconds: float) -> None:
+        now[0] += seconds
+        made.time_steps(len(steps), wait=False)
+        for step in steps:
+            made.count_step()
+            with made.paused():
+                now[0] += 100.0  # a validation
+            if step != 4:  # not logged: the next line's steps are two
+                made.log(step, zero, lr=0.0, measured={})
+
+    finish([1], 5.0)
+    finish([2, 3], 3.0)
+    finish([4], 1.0)
+    finish([5], 2.0)
+    made.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["step_seconds"]) for line in lines] == [(1, 5.0), (2, 1.5), (3, 1.5), (5, 1.5)]
+    tokens = built.train.batch_size * built.data.sequence_length
+    assert [line["tokens_per_second"] for line in lines] == [tokens / 5.0] + [tokens / 1.5] * 3
 
 
 @pytest.mark.parametrize("line", ["\0\0\0", "[1]", '{"loss": 1.0}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, Protocol, Self
@@ -181,6 +182,8 @@ class GraphCapture:
 def what_waits(run: Callable[[], Any]) -> str | None:
     """Run something; what torch says of the first operation in it that waits for the GPU, None if none does."""
     before = torch.cuda.get_sync_debug_mode()
+    # for good: the list of filters is the process's, and there may be other threads
+    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

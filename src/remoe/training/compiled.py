@@ -4,6 +4,7 @@ FSDP gathers a unit's parameters around its forward pass, and an exchange waits 
 share graphs, as their parameters are inputs.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,5 +39,7 @@ def _compile_forward(module: nn.Module) -> None:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # fp32 products are few (routers), and their precision is meant
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32 matrix multiplication available")
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -46,17 +46,28 @@ class Recorder:
         self._pending: Pending | None = None
         self._since = time.perf_counter()
         self._paused_seconds = 0.0
-        self._steps = 0
+        self._seconds_each = 0.0
+        self._seconds, self._steps = 0.0, 0
+
+    def time_steps(self, num_steps: int, wait: bool) -> None:
+        """So many steps (1 or more) now count: they share the time since the last call equally.
+
+        Each is then counted by `count_step`. `wait` lets a GPU finish them first.
+        """
+        if wait and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds_each = max(now - self._since - self._paused_seconds, 1e-9) / num_steps
+        self._since, self._paused_seconds = now, 0.0
 
     def count_step(self) -> None:
-        """A step was taken."""
+        """A step was taken, in its share of the time."""
+        self._seconds += self._seconds_each
         self._steps += 1
 
     @contextmanager
-    def paused(self, wait: bool = False) -> Iterator[None]:
-        """What happens inside is not part of the steps' time; `wait` lets a GPU finish its steps first."""
-        if wait and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not part of the steps' time."""
         start = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - start
@@ -64,17 +75,16 @@ class Recorder:
     def log(self, step: int, readout: Readout, lr: float, measured: Metrics) -> None:
         """Take a step's readout; `measured` holds what is known on the host already, such as validation losses."""
         self.flush()
-        seconds = max(time.perf_counter() - self._since - self._paused_seconds, 1e-9)
         tokens = self.config.train.batch_size * self.config.data.sequence_length
         known = {
             "step": step,
             "tokens": step * tokens,
             "lr": lr,
-            "tokens_per_second": self._steps * tokens / seconds,
-            "step_seconds": seconds / self._steps,
+            "tokens_per_second": self._steps * tokens / self._seconds,
+            "step_seconds": self._seconds / self._steps,
         }
         self._pending = Pending(readout, known, measured)
-        self._since, self._paused_seconds, self._steps = time.perf_counter(), 0.0, 0
+        self._seconds, self._steps = 0.0, 0
         if readout.has_arrived:
             self.flush()
 

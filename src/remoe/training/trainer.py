@@ -141,8 +141,11 @@ class Trainer:
             for step, batch in zip(steps, batches, strict=True):
                 finished = ahead.launch(batch, step)
                 number = self.ranks.largest_number(SAVE_FAILED if self.saver.has_failed else stop.number or 0)
-                if number or self._due(step).halt:
+                halts = bool(number) or self._due(step).halt
+                if halts:
                     finished += ahead.settle()
+                if finished:
+                    self.recorder.time_steps(len(finished), wait=halts)
                 for launched in finished:
                     self._finish(launched)
                 if number == SAVE_FAILED:
@@ -219,7 +222,7 @@ class Trainer:
 
     def _validate(self) -> Metrics:
         work = needed_for(f"the validation after step {self.step}", self._needs_less())
-        with work, self.recorder.paused(wait=True):
+        with work, self.recorder.paused():
             result = evaluate(
                 self.stepper.model,
                 self._validation_batches(),
@@ -246,7 +249,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        with self.recorder.paused(wait=True):
+        with self.recorder.paused():
             self.recorder.flush()
             self.recorder.file.sync()
             tensors = self.stepper.tensors() | random_state(self.stepper.device)
