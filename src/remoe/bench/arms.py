@@ -67,13 +67,17 @@ class OurArm:
         masters = self.stepper.masters
         return nullcontext() if masters is None else masters.in_fp32()
 
+    @torch.no_grad()
     def _counts(self, batch: Batch) -> list[int]:
-        """Active pairs of each layer's largest micro-batch. Top-K's are known, and need no step (nor its graph)."""
-        moe, length = self.stepper.config.model.moe, self.stepper.config.data.sequence_length
-        if moe.router_name == "topk":
-            return [self.stepper.micro_batch * length * moe.routed_top_k] * len(self.stepper.layers)
-        self._steps += 1
-        return [int(count) for count in self.stepper.run(batch, self._steps)["active_at_once"].tolist()]
+        """Active pairs of each layer's largest micro-batch, from eager forward passes: a step would first compile."""
+        device, is_bf16 = self.stepper.device, self.stepper.config.train.precision == "bf16"
+        most = [0] * len(self.stepper.layers)
+        for part_BS in batch.tokens_BS.split(self.stepper.micro_batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+                routings = self.stepper.model(part_BS.to(device)).routings
+            active = [int(routing.routing_map_TE.sum()) for routing in routings if routing is not None]
+            most = [max(counts) for counts in zip(most, active, strict=True)]
+        return most
 
 
 def stepper_of(config: TrainConfig, model: ReMoEForCausalLM, device: torch.device) -> Stepper:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from remoe.bench.arms import Arm, OurArm, TransformersArm, collect_garbage, step
 from remoe.bench.clock import Clock
 from remoe.bench.fresh import fresh_model, random_batch, twin_with_router
 from remoe.bench.limits import measure_limits
-from remoe.bench.profile import profile_step
+from remoe.bench.profile import Kernel, profile_step
 from remoe.bench.results import Results, Row, Show, first_line
 from remoe.bench.shapes import LayerShape
 from remoe.data import Batch
@@ -37,6 +37,7 @@ STAGE_STEPS, RUN_STEPS = 110, 60_000
 """Stages I and II of ReMoE's runs (its figure 4 and the released log), and their whole length."""
 DENSITY_TOLERANCE = 0.02
 LOSS_TOLERANCE = 5e-3
+PHASES = {"start": "half of all gates open", "steady": "k of E on average, and Top-K beside it"}
 _SETTLING_TOKENS = 16384
 _BATCHES = 4
 PEERS = {  # experts implementation (None: the library's choice) and precision
@@ -56,6 +57,7 @@ class ModelBench:
     peers: list[str]
     device: torch.device
     steps: int = 8
+    phases: list[str] = field(default_factory=lambda: list(PHASES))
     profile: bool = False
     deadline_seconds: float | None = None
     path: Path | None = None
@@ -100,9 +102,12 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
     model = fresh_model(_relu(config), device)
     batches = _batches(config)
     relu = OurArm("relu", stepper_of(_with_router(config, "relu"), model, device), batches)
-    start = _measured(bench, config, [relu], 2)
-    for row in start:
-        results.add({"model": name, "phase": "start", **row})
+    start = None
+    if "start" in bench.phases:
+        start = _measured(bench, config, [relu], 2)[0]
+        results.add({"model": name, "phase": "start", **start})
+    if "steady" not in bench.phases:
+        return
     twin = twin_with_router(model, "topk")
     topk = OurArm("topk", twin_stepper(_with_router(config, "topk"), twin, relu.stepper), batches)
     steady.share_a_direction(model)
@@ -115,9 +120,14 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
     mismatches += [f"{name}, {text}" for text in _wrong_density(rows[0], config)]
     if mismatches:
         rows[0]["mismatches"] = mismatches
-    for row, arm in zip(rows, (relu, topk), strict=True):
-        results.add({"model": name, "phase": "steady", **row} | (_profile(bench, config, arm) if bench.profile else {}))
-    results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **_ratios(start[0], *rows)})
+    measured = [{"model": name, "phase": "steady", **row} for row in rows]
+    for row in measured:
+        results.add(row)
+    results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **_ratios(start, *rows)})
+    if bench.profile:
+        for row, arm in zip(measured, (relu, topk), strict=True):
+            row["profile"] = _profile(bench, config, arm)
+        results.write()
 
 
 def _batches(config: TrainConfig) -> list[Batch]:
@@ -178,7 +188,7 @@ def _measured(bench: ModelBench, config: TrainConfig, arms: Sequence[Arm], steps
     ]
 
 
-def _profile(bench: ModelBench, config: TrainConfig, arm: Arm) -> Row:
+def _profile(bench: ModelBench, config: TrainConfig, arm: Arm) -> list[Kernel]:
     moe = config.model.moe
     shape = LayerShape(
         name="",
@@ -189,7 +199,7 @@ def _profile(bench: ModelBench, config: TrainConfig, arm: Arm) -> Row:
         top_k=moe.routed_top_k,
     )
     bytes_a_number = 2 if config.train.precision == "bf16" else 4
-    return {"profile": profile_step(arm.step, shape, Clock(bench.device), bytes_a_number)}
+    return profile_step(arm.step, shape, Clock(bench.device), bytes_a_number)
 
 
 def _speeds(bench: ModelBench, config: TrainConfig, seconds: list[float]) -> Row:
@@ -279,13 +289,13 @@ def _wrong_density(row: Row, config: TrainConfig) -> list[str]:
     return [f"relu: density is {row['density']:.4f}, must be within {DENSITY_TOLERANCE:.0%} of k/E = {wanted:.4f}"]
 
 
-def _ratios(start: Row, relu: Row, topk: Row) -> Row:
+def _ratios(start: Row | None, relu: Row, topk: Row) -> Row:
     """Speeds as medians of paired ratios; what Stages I and II add to a run if all their steps are like the first."""
     pairs = zip(topk["all_step_ms"], relu["all_step_ms"], strict=True)
-    row: Row = {
-        "speed": statistics.median(other / own for other, own in pairs),
-        "start_step": start["step_ms"] / relu["step_ms"],
-    }
+    row: Row = {"speed": statistics.median(other / own for other, own in pairs)}
+    if start is None:
+        return row
+    row["start_step"] = start["step_ms"] / relu["step_ms"]
     row["stages_extra_time"] = max(0.0, row["start_step"] - 1) * STAGE_STEPS / RUN_STEPS
     if relu["peak_bytes"] is not None:
         row["start_peak"] = start["peak_bytes"] / relu["peak_bytes"]

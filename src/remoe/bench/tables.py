@@ -68,9 +68,12 @@ def ratio_lines(results: Results) -> list[str]:
 
 
 def _ratio_line(row: Row) -> str:
-    line = (
-        f"{row['model']}: ReLU at {row['speed']:.3f} of Top-K's tokens/s; a dense first step takes "
-        f"{row['start_step']:.2f} steady ones, so Stages I and II add at most {row['stages_extra_time']:.2%} to a run"
+    line = f"{row['model']}: ReLU at {row['speed']:.3f} of Top-K's tokens/s"
+    if "start_step" not in row:
+        return line
+    line += (
+        f"; a dense first step takes {row['start_step']:.2f} steady ones, so Stages I and II add at most "
+        f"{row['stages_extra_time']:.2%} to a run"
     )
     if "start_peak" not in row:
         return line

@@ -15,6 +15,7 @@ def model_command(
     steps: Annotated[int, Option(help="optimizer steps that are timed", min=1)] = 8,
     micro_batch: Annotated[int | None, Option(help="sequences a forward pass; default: the config's", min=1)] = None,
     accumulation: Annotated[int, Option(help="forward passes an optimizer step", min=1)] = 16,
+    phases: Annotated[str, Option(help="start, steady or both, joined by a comma")] = "start,steady",
     peers: Peers = "none",
     compiled: Annotated[bool, Option("--compile/--no-compile", help="torch.compile ours and the peers")] = True,
     profile: Annotated[bool, Option("--profile", help="show the kernels of a step of ours")] = False,
@@ -25,7 +26,7 @@ def model_command(
 ) -> None:
     """Whole models in training: ReLU and Top-K in turn, at the dense start and in steady state, and transformers."""
     from remoe.bench.chart import check_chart_path
-    from remoe.bench.model import PEERS, ModelBench, bench_model, with_sizes
+    from remoe.bench.model import PEERS, PHASES, ModelBench, bench_model, with_sizes
     from remoe.bench.settings import chosen
     from remoe.bench.tables import model_line, model_table, profile_table, ratio_lines
     from remoe.training.setup import pick_device
@@ -40,6 +41,7 @@ def model_command(
         peers=chosen("--peers", words(peers), PEERS),
         device=pick_device(device),
         steps=steps,
+        phases=chosen("--phases", words(phases), PHASES),
         profile=profile,
         deadline_seconds=deadline,
         path=json,
