@@ -45,3 +45,7 @@ def test_angles_are_fp32_and_heads_keep_their_dtype():
         inside, _ = rotary_angles(torch.tensor([[1000, 1001]]), 8, 10_000.0)
     assert torch.equal(inside, cos)
     assert rotate(heads(0).bfloat16(), cos[:, :, :1], sin[:, :, :1]).dtype == torch.bfloat16
+
+
+def test_opcheck_accepts_the_op():
+    torch.library.opcheck(torch.ops.remoe.rotary_angles.default, (torch.tensor([[0, 3, 7]]), 8, THETA))

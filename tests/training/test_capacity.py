@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from remoe.moe import MoE, MoEConfig
-from remoe.training.capacity import WINDOW, RowCapacity, enough_for, rounded_up, row_capacities
+from remoe.moe import MoE, MoEConfig, experts
+from remoe.training.capacity import WINDOW, RowCapacity, enough_for, layers_in_chunks, rounded_up, row_capacities
 
 MOST = 100_000
 
@@ -74,8 +74,45 @@ def test_no_capacity_is_above_all_pairs():
 def test_layers_have_their_capacities_only_inside():
     layers = [MoE(MoEConfig(hidden_size=8, intermediate_size=8, num_experts=4)) for _ in range(2)]
     hidden_BSH = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
-    with row_capacities(layers, (24, 0)):
+    with row_capacities(layers, (24, 0), num_tokens=6):
         overflows = [layer(hidden_BSH)[1].overflow for layer in layers]
     assert [bool(overflow) for overflow in overflows] == [False, True]
     assert [layer.row_capacity for layer in layers] == [None, None]
     assert layers[0](hidden_BSH)[1].overflow is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_chunks"),
+    [
+        ([100, 100], []),
+        ([150, 50], []),  # one above the cap, together at it
+        ([160, 100, 50], [0]),
+        ([301, 0, 0, 0], [0]),  # more than three shares
+        ([300, 30, 30, 30], []),
+        ([250, 250, 10, 10], [0]),  # the first of equals
+        ([400, 400, 400], [0, 1, 2]),
+        ([], []),
+    ],
+)
+def test_a_layer_keeps_more_than_its_share_where_others_keep_less(rows, in_chunks):
+    assert [layer for layer, chunked in enumerate(layers_in_chunks(rows, cap=100)) if chunked] == in_chunks
+
+
+def test_only_layers_that_must_work_in_chunks_are_told_a_cap(monkeypatch):
+    caps = []
+    monkeypatch.setattr(experts, "_ROWS_OF_NO_CONCERN", 0)
+    monkeypatch.setattr(experts, "expert_mlp", lambda hidden_TH, *others: (caps.append(others[-2]) or hidden_TH, None))
+    config = MoEConfig(hidden_size=8, intermediate_size=8, num_experts=4)  # k = 1: a cap of 12 rows for 8 tokens
+    layers = [MoE(config) for _ in range(3)]
+    hidden_BSH = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def caps_with(capacities: tuple[int, ...] | None) -> list[int]:
+        caps.clear()
+        with row_capacities(layers, capacities, num_tokens=8):
+            for layer in layers:
+                layer(hidden_BSH)
+        return caps.copy()
+
+    assert caps_with((20, 8, 8)) == [0, 0, 0]
+    assert caps_with((20, 14, 14)) == [12, 0, 0]
+    assert caps_with(None) == [12, 12, 12]

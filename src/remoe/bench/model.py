@@ -38,8 +38,8 @@ STAGE_STEPS, RUN_STEPS = 110, 60_000
 DENSITY_TOLERANCE = 0.02
 LOSS_TOLERANCE = 5e-3
 PHASES = {"start": "half of all gates open", "steady": "k of E on average, and Top-K beside it"}
-_SETTLING_TOKENS = 16384
-_BATCHES = 4
+_SMALL = 16384
+_BATCHES = 2
 PEERS = {  # experts implementation (None: the library's choice) and precision
     "transformers": (None, "autocast"),
     "transformers_eager": ("eager", "autocast"),
@@ -131,9 +131,9 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
 
 
 def _batches(config: TrainConfig) -> list[Batch]:
-    """Several, so that counts vary from step to step; one where it is too small to have the density of the others."""
+    """Two, so that counts vary from step to step; one where a batch is too small to have the density of both."""
     length, size = config.data.sequence_length, config.train.batch_size
-    seeds = range(_BATCHES if size * length >= _SETTLING_TOKENS else 1)
+    seeds = range(_BATCHES if size * length >= _SMALL else 1)
     return [random_batch(config.model, size, length, seed) for seed in seeds]
 
 
@@ -241,8 +241,7 @@ def _peak_bytes(arm: Arm, device: torch.device) -> int | None:
 
 
 def _settle(arm: OurArm, config: TrainConfig, device: torch.device) -> None:
-    sequences = max(1, _SETTLING_TOKENS // config.data.sequence_length)
-    tokens_BS = arm.batches[0].tokens_BS[:sequences].to(device)
+    tokens_BS = torch.cat([batch.tokens_BS for batch in arm.batches]).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         steady.settle(_native(arm), tokens_BS)
 

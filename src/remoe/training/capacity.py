@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from remoe.moe import MoE
+from remoe.moe.experts import GroupedExperts
 
 WINDOW = 16
 """Steps that capacities are chosen from."""
@@ -12,6 +13,9 @@ SETTLED = 1.25
 """Counts have settled when the most of a window is at most this many times its least; until then steps run exactly."""
 WASTE = 1.3
 """Rows in force that are this many times those needed are given up: a change compiles and captures the step anew."""
+MOST_SHARES = 3
+"""A layer keeps at most this many times an even share of the rows that all layers may keep: it bounds what its own
+kernels hold at once. The first layer of trained ReLU models opens about 3k experts a token."""
 
 
 class RowCapacity:
@@ -68,13 +72,45 @@ def rounded_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
+    """Which layers keep nothing for the backward pass, but work in chunks and compute again.
+
+    A layer may keep more than `cap` rows where others keep fewer: all together no more than `cap` a layer, and none
+    more than `MOST_SHARES` times that. Those with the most rows go first.
+    """
+    in_chunks = [rows > MOST_SHARES * cap for rows in rows_L]
+    for layer in sorted(range(len(rows_L)), key=lambda layer: -rows_L[layer]):
+        kept = sum(rows for rows, chunked in zip(rows_L, in_chunks, strict=True) if not chunked)
+        if kept <= cap * len(rows_L):
+            break
+        in_chunks[layer] = True
+    return in_chunks
+
+
 @contextmanager
-def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None) -> Iterator[None]:
-    """Let each layer allocate so many rows inside; None: as many as it needs, as before and after."""
-    for layer, capacity in zip(layers, capacities or [None] * len(layers), strict=True):
-        layer.row_capacity = capacity
+def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None, num_tokens: int) -> Iterator[None]:
+    """Let each layer allocate so many rows inside; None: as many as it needs, as before and after.
+
+    `num_tokens` of a micro-batch tell what the layers may keep together (`layers_in_chunks`). With exact rows each
+    decides by itself.
+    """
     try:
+        if capacities is not None:
+            _set_capacities(layers, capacities, num_tokens)
         yield
     finally:
         for layer in layers:
             layer.row_capacity = None
+            if isinstance(layer.experts, GroupedExperts):
+                layer.experts.keeps_all_rows = False
+
+
+def _set_capacities(layers: Sequence[MoE], capacities: Sequence[int], num_tokens: int) -> None:
+    for layer, capacity in zip(layers, capacities, strict=True):
+        layer.row_capacity = capacity
+    grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
+    if len(grouped) < len(layers) or not grouped or any(layer.exchange is not None for layer in layers):
+        return  # other experts, and those that ranks share, do not follow capacities
+    in_chunks = layers_in_chunks(capacities, grouped[0].row_cap(num_tokens))
+    for experts, chunked in zip(grouped, in_chunks, strict=True):
+        experts.keeps_all_rows = not chunked

@@ -107,7 +107,8 @@ class Stepper:
         self.ranks.seed_step(self.config.seed, step)
         coef = self.controller.coef if self.controller else None
         self._zero_gradients()
-        with row_capacities(self.layers, self.row_capacities):
+        num_tokens = self.micro_batch * self.config.data.sequence_length // self.ranks.sequence_size
+        with row_capacities(self.layers, self.row_capacities, num_tokens):
             measured = self._forward_backward(batch, coef)
         self.ranks.complete_gradients()
         values, observed = self.ranks.total(measured.values), self.ranks.total_of_layers(measured.observed)
