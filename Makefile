@@ -27,7 +27,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
-demo: setup  ## train ReLU, Top-K and dense on text that Python ships; writes one HTML report
+demo: setup  ## train ReLU, Top-K and dense on text that comes with Python and torch; writes one HTML report
 	$(BIN)/remoe demo
 
 test: setup  ## the quick tests

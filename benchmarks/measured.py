@@ -41,14 +41,14 @@ class MeasuredStep(NamedTuple):
 
 
 def measured_models(folder: Path) -> list[MeasuredStep]:
-    """Steps on one GPU: gpu/model*.json, written by `remoe bench model`."""
+    """Steps on one GPU: gpu/model*.json, written by `remoe bench model`; but not those that failed its own checks."""
     found = []
     for path in sorted(folder.glob("gpu/model*.json")):
         content = json.loads(path.read_text())
         is_compiled = "--no-compile" not in content["command"]
         overrides = [*_after(content["command"], "--set"), f"train.compile={is_compiled}"]
         for row in content["rows"]:
-            if row.get("kind") == "ours":
+            if row.get("kind") == "ours" and "mismatches" not in row:
                 changes = [*overrides, f"model.router={row['candidate']}"]
                 job = _job(row["model"], changes, row["micro_batch"], row["accumulation"])
                 found.append(_measured(path, content["gpus"][0], row, job, None))

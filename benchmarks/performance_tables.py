@@ -25,6 +25,7 @@ CPU_TARGETS = (
     ("ReLU ≥ 0.95 of Top-K at the same number of pairs", "relu E=8", "topk E=8", 0.95),
     ("≥ 1.15 × transformers' better path", "topk E=8", "transformers grouped_mm E=8", 1.15),
 )
+_ROUTES = {"topk": "fixed k", "var": "variable"}
 Row = dict[str, Any]
 
 
@@ -109,15 +110,16 @@ def errors(results: dict[str, Any]) -> str:
 
 
 def every(results: dict[str, Any]) -> str:
-    """All candidates: forward, and forward and backward."""
-    header = ("shape", "routing", "candidate", "forward ms", "forward + backward ms", "TFLOP/s", "of limit", "note")
-    rows = []
-    for row in results["rows"]:
-        total = row.get("forward_backward_ms")
-        speed = [f"{row['forward_ms']:.3f}", f"{total:.3f}", f"{row['tflops']:.0f}"] if total else ["", "", ""]
-        share = f"{row['floor_ms'] / total:.0%}" if total else ""
-        note = row.get("error", row.get("note", ""))
-        rows.append([row["shape"], row.get("route", ""), row.get("candidate", ""), *speed, share, note])
+    """All candidates that were measured: forward, and forward and backward."""
+    header = ("shape", "routing", "candidate", "forward ms", "forward + backward ms", "TFLOP/s", "of limit")
+    rows = [
+        [
+            row["shape"], _ROUTES[row["route"]], row["candidate"],
+            f"{row['forward_ms']:.2f}", f"{row['forward_backward_ms']:.2f}",
+            f"{row['tflops']:.0f}", f"{row['floor_ms'] / row['forward_backward_ms']:.0%}",
+        ]
+        for row in results["rows"] if "forward_backward_ms" in row and row["route"] in _ROUTES
+    ]  # fmt: skip
     return _markdown(header, rows)
 
 
@@ -178,6 +180,7 @@ def model(results: dict[str, Any]) -> str:
 
 def _model_row(row: Row) -> list[str]:
     note = row.get("error", row.get("note", row.get("experts_implementation", "")))
+    note = "failed its check" if "mismatches" in row else note
     if "step_ms" not in row:
         return [row["model"], row.get("phase", ""), row.get("candidate", ""), "", "", "", "", "", "", note]
     return [
@@ -238,20 +241,26 @@ def decode(results: dict[str, Any]) -> str:
 
 
 def kernels(results: dict[str, Any]) -> str:
-    """Of every profiled row of ours that works on all rows at once, the kernels that take a percent or more."""
+    """Of each profiled row of ours that is sound and works on all rows at once: kernels of a percent or more."""
     parts = []
     for row in results["rows"]:
-        if row.get("kind") != "ours" or row["candidate"] == "remoe_chunked" or "profile" not in row:
+        is_wanted = row.get("kind") == "ours" and "profile" in row and "mismatches" not in row
+        if not is_wanted or row["candidate"] == "remoe_chunked":
             continue
         lines = [
-            [f"`{k['kernel'][:80]}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
+            [f"`{k['kernel'][:60]}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
             for k in row["profile"]
             if k["share"] >= 0.01
         ]
         table = _markdown(("kernel", "calls", "µs", "share", "rate"), lines)
-        counts = "fixed k" if row["route"] == "topk" else "variable counts"
-        parts.append(f"{row['candidate']} at {row['shape']}, {counts}:\n\n{table}")
+        parts.append(f"{row['candidate']} at {_profiled(row)}:\n\n{table}")
     return "\n\n".join(parts)
+
+
+def _profiled(row: Row) -> str:
+    if "shape" not in row:
+        return f"{row['model']}, one optimizer step"
+    return f"{row['shape']}, {'fixed k' if row['route'] == 'topk' else 'variable counts'}"
 
 
 def _rates(kernel: Row) -> str:

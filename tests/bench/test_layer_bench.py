@@ -214,6 +214,16 @@ def test_our_kernels_are_rated_by_their_products_or_their_traffic(monkeypatch: p
     assert everything["calls"] == 6
 
 
+def test_nothing_is_rated_in_a_step_whose_layers_compute_rows_again(monkeypatch: pytest.MonkeyPatch):
+    kernels = [
+        {"kernel": "swiglu_fwd_kernel", "calls": 3, "us": 1000.0, "share": 0.6},
+        {"kernel": "swiglu_bwd_kernel", "calls": 2, "us": 500.0, "share": 0.4},
+    ]
+    monkeypatch.setattr(profile, "kernels_of", lambda call, clock: kernels)
+    forward, backward, _ = profile.profile_step(lambda: None, SHAPES["remoe182m_E8"], Clock(CPU), 2)
+    assert not {"tflops", "gb_per_second"} & (forward.keys() | backward.keys())
+
+
 def test_a_relative_error_counts_a_nan():
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) != relative_error(torch.ones(1), torch.ones(1))
     assert too_large(dict.fromkeys(TENSORS, float("nan")), dict.fromkeys(TENSORS, 1.0), torch.float32), (

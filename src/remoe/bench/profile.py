@@ -1,7 +1,7 @@
 """Where a call's time goes: its kernels, their share, and what the known ones achieve."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.autograd import DeviceType
@@ -54,8 +54,19 @@ def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_nu
 def profile_step(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_number: int) -> list[Kernel]:
     """The same for an optimizer step, whose MoE layers have this shape; only our kernels are rated."""
     kernels = kernels_of(call, clock)
-    rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in kernels[:_MOST]]
+    rows = kernels[:_MOST]
+    if not works_in_chunks(kernels):
+        rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in rows]
     return [*rows, _sum("all", kernels, kernels)]
+
+
+def works_in_chunks(kernels: Sequence[Kernel]) -> bool:
+    """Whether some layers of a step compute their rows again: then how much work a call is cannot be told."""
+    forward, backward = (
+        sum(kernel["calls"] for kernel in kernels if name in kernel["kernel"])
+        for name in ("swiglu_fwd_kernel", "swiglu_bwd_kernel")
+    )
+    return forward != backward
 
 
 def kernels_of(call: Callable[[], Any], clock: Clock) -> list[Kernel]:
@@ -77,7 +88,8 @@ def _is_chunked(kernels: list[Kernel]) -> bool:
 
 
 def _counts(event: Any, is_cuda: bool) -> bool:
-    return event.device_type == DeviceType.CUDA or not is_cuda
+    is_range = event.key.startswith("Optimizer.step#")  # a mark around other kernels
+    return (event.device_type == DeviceType.CUDA or not is_cuda) and not is_range
 
 
 def _kernel(event: Any, is_cuda: bool) -> Kernel:

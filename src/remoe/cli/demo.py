@@ -1,4 +1,4 @@
-"""`remoe demo`: ReLU, Top-K and dense on text that Python ships, in a few minutes."""
+"""`remoe demo`: ReLU, Top-K and dense on text that comes with Python and torch, in a few minutes."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ def demo_command(
 ) -> None:
     """See it work in a few minutes.
 
-    Trains ReLU, Top-K and dense models on text that Python ships, in the same order, and writes one report.
+    Trains ReLU, Top-K and dense models on text that comes with Python and torch, in the same order; writes one report.
     """
     from remoe.cli.report import report_on
     from remoe.cli.rows import as_table

@@ -166,7 +166,7 @@ class _Meter:
             with dial.thresholds_at(self.model, self._choose(wished_L)):
                 cost = self._calibration_loss() - base
             cuts.append(Cut(removed=(1 - kept) * trained_L[layer], cost=cost))
-        self.report(f"layer {layer + 1} of {len(trained_L)}: without its experts the loss rises by {cuts[-1].cost:.4f}")
+        self.report(f"layer {layer + 1} of {len(trained_L)}: loss {cuts[-1].cost:+.4f} without its experts")
         return cuts
 
     def _choose(self, wished_L: list[float]) -> list[float]:
