@@ -35,11 +35,11 @@ class RotaryPositions(nn.Module):
 
     def forward(self, placement: Placement, cache: AnyCache | None) -> AttentionInputs:
         """The angles, and which tokens each one may attend to."""
-        angles = rotary_angles(placement.position_BS, self.head_size, self.theta)
+        cos, sin = rotary_angles(placement.position_BS, self.head_size, self.theta)
         mask = placement.attention_mask
         if mask is not None and isinstance(cache, CacheWindow):
             mask = _added(mask, cache.dtype)
-        return AttentionInputs(*angles, mask, cache)
+        return AttentionInputs(cos, sin, mask, cache)
 
 
 class Attention(nn.Module):
