@@ -73,6 +73,39 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: run_op(routing_map, t), tensors)
 
 
+def with_sums(lists, tensors, *row_cap_and_backend):
+    """As with_gradients, with those of the matrices added to sums that begin at 1."""
+    out_of = tensors[0].dtype
+    sums = tuple(torch.ones_like(matrix, dtype=torch.float32) for matrix in tensors[2:])
+    row_cap, backend = row_cap_and_backend or (0, "auto")
+    out, _ = expert_mlp(*tensors, *lists, row_cap, backend, *sums)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
+    grads = torch.autograd.grad((out * direction).sum(), tensors, allow_unused=True)
+    assert grads[2:] == (None, None)
+    return out, *grads[:2], *((gradient_sum - 1).to(out_of) for gradient_sum in sums)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_with_sums_the_gradients_of_the_matrices_are_added_to_them(density):
+    routing_map, tensors = random_inputs(65, 8, 24, 48, density, torch.float32)
+    actual = with_sums(plan(routing_map).lists, tensors)
+    for a, b in zip(actual, with_gradients(run_op, routing_map, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # 1 + g - 1 rounds g to 2^-24 of what was there
+
+
+def test_two_forward_passes_may_add_to_the_same_sums():
+    routing_map, tensors = random_inputs(7, 3, 8, 16, 0.3, torch.float32)
+    sums = tuple(torch.zeros_like(matrix) for matrix in tensors[2:])
+    lists = plan(routing_map).lists
+    outs = [expert_mlp(*tensors, *lists, 0, "auto", *sums)[0] for _ in range(2)]
+    outs[0].sum().backward()
+    once = [gradient_sum.clone() for gradient_sum in sums]
+    outs[1].sum().backward()
+    for twice, first in zip(sums, once, strict=True):
+        assert first.abs().sum() > 0
+        torch.testing.assert_close(twice, 2 * first)
+
+
 def test_opcheck_accepts_the_op():
     routing_map, tensors = random_inputs(5, 3, 8, 8, 0.5, torch.float32)
     torch.library.opcheck(torch.ops.remoe.expert_mlp.default, (*tensors, *plan(routing_map).lists))
@@ -156,6 +189,23 @@ def test_triton_is_as_exact_as_the_plain_path_in_every_dtype(shape, density, dty
     }
     for ours, plain in zip(by_path["triton"], by_path["plain"], strict=True):
         assert ours <= 1.5 * plain + 1e-6
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("shape", [(65, 8, 64, 48), (512, 16, 128, 96), (2000, 4, 264, 1024)])
+@pytest.mark.parametrize("row_cap", [0, 256])
+def test_sums_on_a_gpu_are_as_exact_as_the_plain_path_and_the_same_on_every_run(shape, row_cap):
+    routing_map, tensors = random_inputs(*shape, 0.3)
+    rounded = on_gpu(tensors, torch.bfloat16)
+    exact = tuple(t.detach().double().cpu().requires_grad_() for t in rounded)
+    expected = with_gradients(run_reference, routing_map, exact)
+    lists = plan(routing_map.cuda()).lists
+    plain = with_gradients(lambda _, t: expert_mlp(*t, *lists, 0, "plain")[0], None, rounded)
+    first, second = (with_sums(lists, rounded, row_cap, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for ours, theirs in zip(relative_errors(first, expected), relative_errors(plain, expected), strict=True):
+        assert ours <= 1.5 * theirs + 1e-6
 
 
 @pytest.mark.gpu

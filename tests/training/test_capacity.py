@@ -101,7 +101,7 @@ def test_a_layer_keeps_more_than_its_share_where_others_keep_less(rows, in_chunk
 def test_only_layers_that_must_work_in_chunks_are_told_a_cap(monkeypatch):
     caps = []
     monkeypatch.setattr(experts, "_ROWS_OF_NO_CONCERN", 0)
-    monkeypatch.setattr(experts, "expert_mlp", lambda hidden_TH, *others: (caps.append(others[-2]) or hidden_TH, None))
+    monkeypatch.setattr(experts, "expert_mlp", lambda hidden_TH, *others: (caps.append(others[8]) or hidden_TH, None))
     config = MoEConfig(hidden_size=8, intermediate_size=8, num_experts=4)  # k = 1: a cap of 12 rows for 8 tokens
     layers = [MoE(config) for _ in range(3)]
     hidden_BSH = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -30,6 +30,9 @@ class WithoutMasters:
     def update_model(self) -> None:
         pass
 
+    def zero_sums(self) -> None:
+        pass
+
 
 def stepper_of(config, model, **train_changes) -> Stepper:
     built = config(train=BF16["train"] | train_changes, model={"vocab_size": 256} | model)
@@ -108,3 +111,15 @@ def header(path) -> list[str]:
 
     with safe_open(path, "pt") as file:
         return [f"{name} {file.get_tensor(name).dtype}" for name in file.keys()]  # noqa: SIM118
+
+
+def test_experts_add_their_gradients_to_sums_that_stay_where_they_are(config, batch):
+    stepper = stepper_of(config, {})
+    experts = stepper.layers[0].experts
+    places = [gradient_sum.data_ptr() for gradient_sum in experts.gradient_sums]
+    for number in (1, 2):
+        stepper.run(batch, number)
+        assert experts.gate_up_proj.grad is None
+        assert all(gradient_sum.abs().sum() > 0 for gradient_sum in experts.gradient_sums)
+        assert stepper.weights["model.layers.0.mlp.experts.gate_up_proj"].grad is experts.gradient_sums[0]
+    assert [gradient_sum.data_ptr() for gradient_sum in experts.gradient_sums] == places

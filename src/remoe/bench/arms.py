@@ -97,6 +97,7 @@ def twin_stepper(config: TrainConfig, twin: ReMoEForCausalLM, first: Stepper) ->
     stepper.optimizer = first.optimizer
     if first.masters is not None:
         stepper.masters, stepper.weights = first.masters, first.masters.named_parameters(twin)
+        first.masters.join(twin)
     return stepper
 
 

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,14 @@ class Clock:
         once = self._times(call, 1)[0]
         repeats = max(_FEWEST_REPEATS, min(_MOST_REPEATS, int(_BUDGET_MS / max(once, 1e-6))))
         return statistics.median(self._times(call, repeats))
+
+    def medians_in_turn_ms(self, calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+        """Medians of calls that are made one after the other, round by round, so that a slow minute hits them all."""
+        for call in calls:
+            call()
+        self.synchronize()
+        times = [[self._times(call, 1)[0] for call in calls] for _ in range(rounds)]
+        return [statistics.median(of_call) for of_call in zip(*times, strict=True)]
 
     def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """The call as one CUDA graph, to be replayed: its time without that of launching kernel by kernel."""

@@ -1,13 +1,14 @@
 """Which of the kernels' choices is fastest for each shape class: what the table in the repo is made from.
 
 The kernel package says what there is to choose; here each choice runs inside the whole layer, forward and backward, on
-variable counts. Parts (such as the tiles of one product, or whole back-ends) are settled one after the other, each with
-the best choices of those before it. A choice that fails or computes something else is passed over, and said.
+variable counts. Parts (such as the tiles of one product) are settled one after the other, each with the best choices of
+those before it, and its choices are timed in turn. The first part is a way to run all others: they are settled anew for
+each of its choices. A choice that fails or computes something else is passed over, and said.
 """
 
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from remoe.errors import ConfigError
 
 KERNELS = "remoe.kernels.expert_mlp.tuning"
 ROUTE = "var"
+_ROUNDS = 11
 
 
 class Tunable(Protocol):
@@ -105,38 +107,69 @@ class _Tuner:
             for key in ("num_tokens", "hidden_size", "expert_size", "num_experts", "top_k")
         }
         parts = self.kernels.parts(sizes, self.tuning.dtype, self.tuning.device)
-        best = {part: choices[0] for part, choices in parts.items()}
-        first_ms = self._milliseconds(best)
-        tried: dict[str, dict[str, float | str]] = {}
-        for part, choices in parts.items():
-            tried[part] = {choice: self._tried(best | {part: choice}) for choice in choices}
-            times = {choice: found for choice, found in tried[part].items() if isinstance(found, float)}
-            best[part] = min(times, key=times.__getitem__, default=best[part])
+        (way, ways), *others = parts.items()
+        today = {part: choices[0] for part, choices in parts.items()}
+        settled = {choice: self._settle(today | {way: choice}, others) for choice in ways}
+        finished = [today, *(best for best, _ in settled.values())]
+        first_ms, *times = self._times(finished)
+        measured = {choice: found for choice, found in zip(ways, times, strict=True) if isinstance(found, float)}
+        winner = min(measured, key=measured.__getitem__, default=ways[0])
+        best, tried = settled[winner]
         device = torch.cuda.get_device_name(self.tuning.device) if self.clock.is_cuda else "cpu"
-        times = {"first_ms": first_ms, "best_ms": self._milliseconds(best)}
-        return {"shape": self.shape.name, "sizes": sizes, "device": device, "best": best, **times, "tried": tried}
+        tried = {way: dict(zip(ways, times, strict=True))} | tried
+        milliseconds = {"first_ms": first_ms, "best_ms": measured.get(winner, first_ms)}
+        return {
+            "shape": self.shape.name,
+            "sizes": sizes,
+            "device": device,
+            "best": best,
+            **milliseconds,
+            "tried": tried,
+        }
 
-    def _tried(self, choices: Mapping[str, str]) -> float | str:
-        """Milliseconds, or why a choice is passed over."""
+    def _settle(
+        self, best: dict[str, str], parts: Sequence[tuple[str, Sequence[str]]]
+    ) -> tuple[dict[str, str], dict[str, dict[str, float | str]]]:
+        """The best choice of each of these parts, and the times of all."""
+        tried: dict[str, dict[str, float | str]] = {}
+        for part, choices in parts:
+            times = self._times([best | {part: choice} for choice in choices])
+            tried[part] = dict(zip(choices, times, strict=True))
+            measured = {choice: found for choice, found in tried[part].items() if isinstance(found, float)}
+            best = best | {part: min(measured, key=measured.__getitem__, default=best[part])}
+        return best, tried
+
+    def _times(self, all_choices: Sequence[Mapping[str, str]]) -> list[float | str]:
+        """Milliseconds of each, taken in turn, or why it is passed over."""
+        calls: list[Callable[[], Any] | str] = [self._prepared(choices) for choices in all_choices]
+        usable = [call for call in calls if not isinstance(call, str)]
+        times = iter(self.clock.medians_in_turn_ms(usable, _ROUNDS))
+        found = [call if isinstance(call, str) else next(times) for call in calls]
+        del calls, usable
+        free(self.tuning.device)
+        return found
+
+    def _prepared(self, choices: Mapping[str, str]) -> Callable[[], Any] | str:
         try:
-            return self._milliseconds(choices)
+            return self._checked(choices)
         except Exception as error:  # noqa: BLE001 - a tile may be too large for the device, or miscompile
             free(self.tuning.device)
             return first_line(error)
 
-    def _milliseconds(self, choices: Mapping[str, str]) -> float:
+    def _checked(self, choices: Mapping[str, str]) -> Callable[[], Any]:
+        """The layer's two passes with these choices, as a graph on a GPU; ArithmeticError if they are wrong."""
         leaves = self.problem.leaves(self.routing)
         forward = ours.capacity(self.problem, self.routing)
 
         def call() -> tuple[torch.Tensor, ...]:
-            out_TH = forward()
-            return out_TH, *torch.autograd.grad(out_TH, leaves, self.problem.grad_out_TH)
+            with ExitStack() as stack:
+                for part, choice in choices.items():
+                    stack.enter_context(self.kernels.forced(part, choice))
+                out_TH = forward()
+                return out_TH, *torch.autograd.grad(out_TH, leaves, self.problem.grad_out_TH)
 
-        with ExitStack() as stack:
-            for part, choice in choices.items():
-                stack.enter_context(self.kernels.forced(part, choice))
-            found = errors(dict(zip(TENSORS, call(), strict=True)), self.reference.results, self.routing)
-            wrong = too_large(found, self.reference.plain, self.tuning.dtype)
-            if wrong:
-                raise ArithmeticError(f"differs: {'; '.join(wrong)}")
-            return self.clock.median_ms(self.clock.captured(call) if self.clock.is_cuda else call)
+        found = errors(dict(zip(TENSORS, call(), strict=True)), self.reference.results, self.routing)
+        wrong = too_large(found, self.reference.plain, self.tuning.dtype)
+        if wrong:
+            raise ArithmeticError(f"differs: {'; '.join(wrong)}")
+        return self.clock.captured(call) if self.clock.is_cuda else call

@@ -25,6 +25,8 @@ class GroupedExperts(nn.Module):
         """Rows that a call keeps for its backward pass, a token; with more it works in chunks. 0: any number."""
         self.keeps_all_rows = False
         """Keep any number after all: for a model whose layers together keep few enough."""
+        self.gradient_sums: tuple[Tensor, Tensor] | None = None
+        """fp32 sums [E, 2F, H] and [E, H, F] that a backward pass adds to in place of the parameters' `grad`."""
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         initial.reset(self, init_std)
@@ -37,8 +39,9 @@ class GroupedExperts(nn.Module):
         dtype = compute_dtype(hidden_TH)
         gate_up_proj, down_proj = (own_part(matrices).to(dtype) for matrices in (self.gate_up_proj, self.down_proj))
         row_cap = 0 if self.keeps_all_rows else self.row_cap(hidden_TH.shape[0])
+        sums = self.gradient_sums or (None, None)
         out_TH, _ = expert_mlp(
-            hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists, row_cap, self.kernels
+            hidden_TH.to(dtype), weights_TE, gate_up_proj, down_proj, *plan.lists, row_cap, self.kernels, *sums
         )
         return out_TH
 

@@ -1,7 +1,8 @@
 """fp32 weights behind a model that holds its matrices in bf16: what the optimizer moves and a checkpoint keeps.
 
 Under autocast alone each micro-batch would round every matrix anew and widen every gradient again. Here matrices are
-rounded once after each optimizer step, and each gradient is added to the fp32 sum as it comes. Same numbers, less work.
+rounded once after each optimizer step, and each gradient is added to the fp32 sum as it comes: those of experts by the
+kernel that computes them (remoe::expert_mlp), the others by a hook. Same numbers, less work.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from remoe.model.linear import Linear
-from remoe.moe.experts import GroupedExperts
+from remoe.moe.experts import GroupedExperts, MergedExperts
 from remoe.moe.relu_experts import ReLUExperts
 
 
@@ -23,7 +24,25 @@ class MasterWeights:
         for matrix in multiplied_in_compute_dtype(model):
             self._masters[matrix] = nn.Parameter(matrix.detach().clone())
             matrix.data = matrix.data.to(torch.bfloat16)
+        self._sums = {
+            matrix: torch.zeros_like(self._masters[matrix])
+            for experts in self._adding_experts(model)
+            for matrix in (experts.gate_up_proj, experts.down_proj)
+        }
+        for matrix in self._masters.keys() - self._sums.keys():
             matrix.register_post_accumulate_grad_hook(self._absorb)
+        self.zero_sums()
+        self.join(model)
+
+    def join(self, model: nn.Module) -> None:
+        """Let the experts of a model, this one or one that shares its parameters, add to the masters' gradients."""
+        for experts in self._adding_experts(model):
+            experts.gradient_sums = self._sums[experts.gate_up_proj], self._sums[experts.down_proj]
+
+    def zero_sums(self) -> None:
+        """Begin a step: the masters' gradients that experts add to are there from the start, at 0."""
+        for matrix, gradient_sum in self._sums.items():
+            self._masters[matrix].grad = gradient_sum.zero_()
 
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by name, those that have masters replaced by them."""
@@ -55,6 +74,14 @@ class MasterWeights:
             master.grad = gradient.to(master.dtype)
         else:
             master.grad += gradient
+
+    def _adding_experts(self, model: nn.Module) -> Iterator[GroupedExperts]:
+        """Those whose matrices both have masters, and get their gradients from remoe::expert_mlp."""
+        for module in model.modules():
+            if not isinstance(module, GroupedExperts) or isinstance(module, MergedExperts):
+                continue
+            if module.gate_up_proj in self._masters and module.down_proj in self._masters:
+                yield module
 
 
 def multiplied_in_compute_dtype(model: nn.Module) -> Iterator[nn.Parameter]:

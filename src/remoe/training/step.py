@@ -162,6 +162,8 @@ class Stepper:
     def _zero_gradients(self) -> None:
         """A graph adds to the memory that it was captured with; otherwise gradients take none between steps."""
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
+        if self.masters is not None:
+            self.masters.zero_sums()
 
     def _build_loss(self) -> MicroBatchLoss:
         share = self.micro_batch / (self.config.train.batch_size * self.ranks.sequence_size)

@@ -15,7 +15,7 @@ from remoe.kernels.expert_mlp import backends
 def expert_mlp(
     hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
     token_N: Tensor, pair_N: Tensor, row_N: Tensor, expert_offsets: Tensor, token_offsets: Tensor,
-    row_cap: int = 0, backend: str = "auto",
+    row_cap: int = 0, backend: str = "auto", gate_up_sum: Tensor | None = None, down_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out_TH = sum over a token's rows of weight * down(silu(gate x) * (up x)), and the kept pre-activations.
 
@@ -25,6 +25,10 @@ def expert_mlp(
 
     `backend` is one of backends.NAMES. With more rows than `row_cap` (0: no cap) the Triton path works them off in
     chunks and keeps nothing: its memory does not grow with the rows, its backward pass computes them again.
+
+    With `gate_up_sum` and `down_sum`, fp32 and shaped as the matrices, the backward pass adds the gradients of the
+    matrices to them, and autograd gets none. That saves gradient accumulation in bf16 training a pass over all
+    weights, and the Triton path their rounding.
     """
     lists = (token_N, pair_N, row_N, expert_offsets, token_offsets)
     path = backends.pick(backend, hidden_TH)
@@ -40,14 +44,33 @@ def expert_mlp_backward(
     """Gradients of hidden_TH, weights_TE, gate_up_proj and down_proj; zeros where no row passed."""
     lists = (token_N, pair_N, row_N, expert_offsets, token_offsets)
     path = backends.pick(backend, hidden_TH)
-    return path.backward(grad_out_TH, up_N2F, hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
+    grads = path.backward(grad_out_TH, up_N2F, hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], grads)
+
+
+@torch.library.custom_op("remoe::expert_mlp_backward_adding", mutates_args=("gate_up_sum", "down_sum"))
+def expert_mlp_backward_adding(
+    grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor,
+    down_proj: Tensor, token_N: Tensor, pair_N: Tensor, row_N: Tensor, expert_offsets: Tensor, token_offsets: Tensor,
+    row_cap: int, backend: str, gate_up_sum: Tensor, down_sum: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden_TH and weights_TE; those of the matrices are added to the sums."""
+    lists = (token_N, pair_N, row_N, expert_offsets, token_offsets)
+    sums = gate_up_sum, down_sum
+    path = backends.pick(backend, hidden_TH)
+    given = (grad_out_TH, up_N2F, hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
+    grad_hidden_TH, grad_weights_TE, *grads = path.backward(*given, sums) if path.ADDS else path.backward(*given)
+    for matrix_sum, grad in zip(sums, grads, strict=True):
+        if grad is not None:
+            matrix_sum += grad
+    return grad_hidden_TH, grad_weights_TE
 
 
 @expert_mlp.register_fake
 def _(
     hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
     token_N: Tensor, pair_N: Tensor, row_N: Tensor, expert_offsets: Tensor, token_offsets: Tensor,
-    row_cap: int = 0, backend: str = "auto",
+    row_cap: int = 0, backend: str = "auto", gate_up_sum: Tensor | None = None, down_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows = token_N.shape[0]
     is_chunked = row_cap > 0 and backends.pick(backend, hidden_TH).CHUNKS
@@ -67,8 +90,16 @@ def _(
     return tuple(torch.empty_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))
 
 
+@expert_mlp_backward_adding.register_fake
+def _(
+    grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(hidden_TH), torch.empty_like(weights_TE)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.row_cap, ctx.backend = inputs
+    *tensors, ctx.row_cap, ctx.backend, gate_up_sum, down_sum = inputs
+    ctx.sums = None if gate_up_sum is None else (gate_up_sum, down_sum)  # not saved: another pass may add before this
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a [N, 2F] of zeros stands for the gradient of the kept pre-activations
     ctx.save_for_backward(output[1], *tensors)
@@ -76,9 +107,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_out_TH: Tensor | None, _grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out_TH is None:  # nothing downstream used the output
-        return (None,) * 11
-    gradients = expert_mlp_backward(grad_out_TH.contiguous(), *ctx.saved_tensors, ctx.row_cap, ctx.backend)
-    return (*gradients, *(None,) * 7)
+        return (None,) * 13
+    given = (grad_out_TH.contiguous(), *ctx.saved_tensors, ctx.row_cap, ctx.backend)
+    if ctx.sums is None:
+        return (*expert_mlp_backward(*given), *(None,) * 9)
+    return (*expert_mlp_backward_adding(*given, *ctx.sums), *(None,) * 11)
 
 
 expert_mlp.register_autograd(_backward, setup_context=_save_for_backward)

@@ -15,6 +15,7 @@ NAMES = ("auto", "triton", "grouped_mm", "plain")
 bf16); plain: one matrix product an expert, anywhere."""
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):
@@ -22,6 +23,8 @@ class Backend(Protocol):
 
     CHUNKS: bool
     """Whether rows above the cap are worked off in chunks."""
+    ADDS: bool
+    """Whether the backward pass can add the gradients of the matrices to sums: it then takes `sums`."""
 
     def forward(
         self, hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int
@@ -29,8 +32,8 @@ class Backend(Protocol):
 
     def backward(
         self, grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor,
-        down_proj: Tensor, lists: Lists, row_cap: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+        down_proj: Tensor, lists: Lists, row_cap: int, *sums: tuple[Tensor, Tensor],
+    ) -> Gradients: ...  # fmt: skip
 
 
 def pick(name: str, hidden_TH: Tensor) -> Backend:

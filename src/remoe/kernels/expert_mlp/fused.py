@@ -1,11 +1,13 @@
 """The fused Triton path of GPUs: gathered rows, SwiGLU inside the products, gather-sum, no waiting for counts.
 
 Rows beyond what fits at once are worked off in chunks of the expert-sorted list: the forward pass then keeps nothing
-but its inputs, and the backward pass computes a chunk's pre-activations again.
+but its inputs, and the backward pass computes a chunk's pre-activations again. Weight gradients of chunks are added up
+in fp32, in the caller's sums where it has some.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import triton
@@ -18,8 +20,10 @@ from remoe.kernels.expert_mlp import rows_kernels as rows
 from remoe.kernels.expert_mlp.tiles import Choices, Sizes, Tiles, choose
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 CHUNKS = True
-_WEIGHT_GRAD_OF_CHUNKS = Tiles(128, 128, 64, 8, 3)  # torch's grouped product cannot add to what is there
+ADDS = True
+_ADDING_WEIGHT_GRAD = Tiles(128, 256, 64, 8, 3)  # torch's grouped product cannot add to what is there
 
 
 @dataclass(frozen=True)
@@ -87,30 +91,39 @@ def forward(
 
 def backward(
     grad_out_TH: Tensor, kept_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See remoe::expert_mlp_backward."""
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, sums: Sums | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See remoe::expert_mlp_backward; with `sums` those of the matrices are added to them and None is returned."""
     call = _call(weights_TE, down_proj, lists)
+    matrices = gate_up_proj, down_proj
     if call.num_rows == 0:
-        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))
+        grads = (None, None) if sums else tuple(torch.zeros_like(x) for x in matrices)
+        return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *grads
     is_whole = _is_whole(call, row_cap)
+    adds_to = sums
+    if sums is None and not is_whole:
+        adds_to = tuple(torch.zeros_like(x, dtype=torch.float32) for x in matrices)
+    sum_gate_up, sum_down = adds_to or (None, None)
     grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
     grad_weights_TE = torch.zeros_like(weights_TE)
-    grad_gate_up = grad_down = None  # made by the first chunk
+    grad_gate_up, grad_down = matrices  # until the first chunk
     for chunk in call.chunks(0 if is_whole else row_cap):
         up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
         if not is_whole:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
-        grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, grad_down)
+        grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, sum_down)
         del act_NF, grad_y
         x = _Source(call, chunk, hidden_TH)
-        grad_gate_up = _weight_grad(call, chunk, grad_up_N2F, x, call.choices.grad_up, grad_gate_up)
+        grad_gate_up = _weight_grad(call, chunk, grad_up_N2F, x, call.choices.grad_up, sum_gate_up)
         del x
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
         _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
-    return grad_x_TH.to(hidden_TH.dtype), grad_weights_TE, grad_gate_up, grad_down
+    grad_x_TH = grad_x_TH.to(hidden_TH.dtype)
+    if sums is not None:
+        return grad_x_TH, grad_weights_TE, None, None
+    return grad_x_TH, grad_weights_TE, grad_gate_up.to(hidden_TH.dtype), grad_down.to(hidden_TH.dtype)
 
 
 def _is_whole(call: Call, row_cap: int) -> bool:
@@ -227,23 +240,33 @@ def _rows_matmul(
 
 def _weight_grad(
     call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: Tiles | None,
-    sum_so_far: Tensor | None,
+    adds_to: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """out[e] = left^T right over the expert's rows; over several chunks added up in the tensor of the first."""
-    if tiles is None and chunk.size == call.num_rows:
+    """out[e] = left^T right over the expert's rows, or that added to what is there."""
+    if tiles is None and adds_to is None:
         return _grouped_weight_grad(call, chunk, left, right)
-    tiles = tiles or _WEIGHT_GRAD_OF_CHUNKS
+    tiles = tiles or _ADDING_WEIGHT_GRAD
     left_rows, left_blocks, gathers_left = _side(left, tiles.k, tiles.m)
     right_rows, right_blocks, gathers_right = _side(right, tiles.k, tiles.n)
     num_left, num_right = left_rows.shape[1], right_rows.shape[1]
-    out = left_rows.new_empty((call.num_experts, num_left, num_right)) if sum_so_far is None else sum_so_far
+    out = left_rows.new_empty((call.num_experts, num_left, num_right)) if adds_to is None else adds_to
     num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
-    matmul.weight_grad_kernel[(num_m * num_n, call.num_experts)](
-        left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3], out, num_left, num_right,
-        chunk.first, chunk.size, num_m, num_n,
-        GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right, **tiles.constants(out.dtype),
+    num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles.warps))
+    matmul.weight_grad_kernel[(num_programs,)](
+        left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3],
+        TensorDescriptor.from_tensor(out, [1, tiles.m, tiles.n // 4]), num_left, num_right, call.num_experts,
+        chunk.first, chunk.size, num_m, num_n, GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right,
+        ADD=adds_to is not None, **tiles.constants(left_rows.dtype),
     )  # fmt: skip
     return out
+
+
+@cache
+def _resident_programs(device: torch.device, warps: int) -> int:
+    """Programs of a product that run at a time: their registers leave room for 8 warps on a multiprocessor."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // warps)
 
 
 def _side(side: "Tensor | _Source", rows: int, columns: int) -> tuple[Tensor, TensorDescriptor | None, bool]:

@@ -9,6 +9,7 @@ from remoe.kernels.expert_mlp.combine import gather_sum
 _ROWS_A_BLOCK = 16384
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = False
+ADDS = False
 
 
 def forward(

@@ -96,55 +96,85 @@ def rows_matmul_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr, right_ptr, left_desc, right_desc, token_ptr, offsets_ptr, out_ptr, M, N, first_row, num_rows,
-    num_m, num_n,
+    left_ptr, right_ptr, left_desc, right_desc, token_ptr, offsets_ptr, out_desc, M, N, num_experts,
+    first_row, num_rows, num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[e] [M, N] = sum over the expert's rows of left [rows, M]^T right [rows, N]; either side may be gathered.
 
-    Over several chunks an expert that began in an earlier one adds to what is there; one without rows gets 0 once.
+    With ADD the sum is added to what is there, each number by one program: the same bits each run. Programs take one
+    tile after the other, so that the bulk copies which write a tile go on while the next one is computed.
     """
-    expert = tl.program_id(1)
-    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
-    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-    first = tl.minimum(tl.maximum(begin - first_row, 0), num_rows).to(tl.int32)
-    last = tl.minimum(tl.maximum(end - first_row, 0), num_rows).to(tl.int32)
-    is_idle = (begin == end) & (first_row == 0)
-    if (first == last) & (is_idle == 0):
-        return
-    m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_each = num_m * num_n
     k_K = tl.arange(0, BLOCK_K)
-    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    whole = first + (last - first) // BLOCK_K * BLOCK_K
-    for k in range(first, whole, BLOCK_K):
-        if GATHER_LEFT:
-            token_K = tl.load(token_ptr + k + k_K)
-            left = tl.load(left_ptr + token_K[:, None] * M + m_M[None, :], mask=m_M[None, :] < M, other=0.0)
-        else:
-            left = left_desc.load([k, m * BLOCK_M])
-        if GATHER_RIGHT:
-            token_K = tl.load(token_ptr + k + k_K)
-            right = tl.load(right_ptr + token_K[:, None] * N + n_N[None, :], mask=n_N[None, :] < N, other=0.0)
-        else:
-            right = right_desc.load([k, n * BLOCK_N])
-        sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
-    if whole < last:  # the rows after these are another expert's, or were never written
-        row_K = whole + k_K
-        is_row_K = row_K < last
-        left_K, right_K = row_K.to(tl.int64), row_K.to(tl.int64)
-        if GATHER_LEFT:
-            left_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
-        if GATHER_RIGHT:
-            right_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
-        is_left = is_row_K[:, None] & (m_M[None, :] < M)
-        is_right = is_row_K[:, None] & (n_N[None, :] < N)
-        left = tl.load(left_ptr + left_K[:, None] * M + m_M[None, :], mask=is_left, other=0.0)
-        right = tl.load(right_ptr + right_K[:, None] * N + n_N[None, :], mask=is_right, other=0.0)
-        sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
-    inside = (m_M[:, None] < M) & (n_N[None, :] < N)
-    out = out_ptr + expert.to(tl.int64) * M * N + m_M[:, None].to(tl.int64) * N + n_N[None, :]
-    if begin < first_row:
-        sum_MN += tl.load(out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out, sum_MN.to(out_ptr.dtype.element_ty), mask=inside)
+    for tile in tl.range(tl.program_id(0), num_experts * tiles_each, tl.num_programs(0)):
+        expert = tile // tiles_each
+        m, n = _tile(tile % tiles_each, num_m, num_n, GROUP_M)
+        begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        first = tl.minimum(tl.maximum(begin - first_row, 0), num_rows).to(tl.int32)
+        last = tl.minimum(tl.maximum(end - first_row, 0), num_rows).to(tl.int32)
+        sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        whole = first + (last - first) // BLOCK_K * BLOCK_K
+        for k in range(first, whole, BLOCK_K):
+            if GATHER_LEFT:
+                m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
+                token_K = tl.load(token_ptr + k + k_K)
+                left = tl.load(left_ptr + token_K[:, None] * M + m_M[None, :], mask=m_M[None, :] < M, other=0.0)
+            else:
+                left = left_desc.load([k, m * BLOCK_M])
+            if GATHER_RIGHT:
+                n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+                token_K = tl.load(token_ptr + k + k_K)
+                right = tl.load(right_ptr + token_K[:, None] * N + n_N[None, :], mask=n_N[None, :] < N, other=0.0)
+            else:
+                right = right_desc.load([k, n * BLOCK_N])
+            sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
+        if whole < last:  # the rows after these are another expert's, or were never written
+            m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
+            n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            row_K = whole + k_K
+            is_row_K = row_K < last
+            left_K, right_K = row_K.to(tl.int64), row_K.to(tl.int64)
+            if GATHER_LEFT:
+                left_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
+            if GATHER_RIGHT:
+                right_K = tl.load(token_ptr + row_K, mask=is_row_K, other=0)
+            is_left = is_row_K[:, None] & (m_M[None, :] < M)
+            is_right = is_row_K[:, None] & (n_N[None, :] < N)
+            left = tl.load(left_ptr + left_K[:, None] * M + m_M[None, :], mask=is_left, other=0.0)
+            right = tl.load(right_ptr + right_K[:, None] * N + n_N[None, :], mask=is_right, other=0.0)
+            sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
+        if not ADD or first < last:
+            _write(out_desc, sum_MN, expert, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N, ADD)
+
+
+@triton.jit
+def _write(
+    out_desc, tile_MN, expert, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    """Store or add a tile by quarters of its columns, which need less shared memory than all at once."""
+    left_half, right_half = _halves(tile_MN, BLOCK_M, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 4
+    first, second = _halves(left_half, BLOCK_M, 2 * WIDTH)
+    third, fourth = _halves(right_half, BLOCK_M, 2 * WIDTH)
+    _write_part(out_desc, first, expert, m, n, BLOCK_M, WIDTH, ADD)
+    _write_part(out_desc, second, expert, m, n + WIDTH, BLOCK_M, WIDTH, ADD)
+    _write_part(out_desc, third, expert, m, n + 2 * WIDTH, BLOCK_M, WIDTH, ADD)
+    _write_part(out_desc, fourth, expert, m, n + 3 * WIDTH, BLOCK_M, WIDTH, ADD)
+
+
+@triton.jit
+def _halves(tile_MN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile_MN, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _write_part(
+    out_desc, part_MN, expert, m, n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    part = tl.reshape(part_MN, (1, BLOCK_M, WIDTH)).to(out_desc.dtype)
+    if ADD:
+        out_desc.atomic_add([expert, m, n], part)
+    else:
+        out_desc.store([expert, m, n], part)

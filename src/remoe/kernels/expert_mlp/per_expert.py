@@ -17,6 +17,7 @@ from remoe.kernels.expert_mlp.combine import gather_sum
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = False
+ADDS = False
 
 
 def forward(
