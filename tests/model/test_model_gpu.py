@@ -54,6 +54,7 @@ def test_peak_memory_is_near_the_plan(settings, checkpointing):
         **{"vocab_size": 8192, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "intermediate_size": 2048}
         | settings
     )
+    before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
         model = ReMoEForCausalLM(config)
     model.activation_checkpointing = checkpointing
@@ -67,4 +68,4 @@ def test_peak_memory_is_near_the_plan(settings, checkpointing):
         sequence_length=1024, micro_batch_size=16, precision="bf16", activation_checkpointing=checkpointing
     )
     expected = plan(config, workload).memory.total_at_start
-    assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.2)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.2)

@@ -251,7 +251,7 @@ def _weight_grad(
     num_left, num_right = left_rows.shape[1], right_rows.shape[1]
     out = left_rows.new_empty((call.num_experts, num_left, num_right)) if adds_to is None else adds_to
     num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
-    num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles.warps))
+    num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles))
     matmul.weight_grad_kernel[(num_programs,)](
         left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3],
         TensorDescriptor.from_tensor(out, [1, tiles.m, tiles.n // 4]), num_left, num_right, call.num_experts,
@@ -262,11 +262,12 @@ def _weight_grad(
 
 
 @cache
-def _resident_programs(device: torch.device, warps: int) -> int:
-    """Programs of a product that run at a time: their registers leave room for 8 warps on a multiprocessor."""
+def _resident_programs(device: torch.device, tiles: Tiles) -> int:
+    """Programs of a product that run at a time: a multiprocessor's registers hold the sums of so many tiles."""
     if device.type != "cuda":  # Triton's interpreter
         return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // warps)
+    tiles_at_a_time = max(1, min(8, 128 * 256 // (tiles.m * tiles.n)))
+    return torch.cuda.get_device_properties(device).multi_processor_count * tiles_at_a_time
 
 
 def _side(side: "Tensor | _Source", rows: int, columns: int) -> tuple[Tensor, TensorDescriptor | None, bool]:
