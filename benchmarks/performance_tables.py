@@ -1,9 +1,10 @@
-"""Rebuild the tables of docs/performance.md from the files under results/, so that no number is typed by hand.
+"""Rebuild the tables and the chart of docs/performance.md from the files under results/: no number is typed by hand.
 
 A table stands between `<!-- KIND FILE -->` and `<!-- end -->`; KIND is one of those in TABLES, FILE is what a benchmark
-wrote. Without the file the table says how to make it. Example:
+wrote, or several of them joined by +, whose later ones have the last word on a shape. Without the file the table says
+so. Example:
 
-    python benchmarks/performance_tables.py          # rewrites the page
+    python benchmarks/performance_tables.py          # rewrites the page and draws the chart
     python benchmarks/performance_tables.py --check  # exits with 1 if that would change anything
 """
 
@@ -16,8 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from remoe.bench.chart import draw
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+LAYERS = ("results/gpu/layer.json", "results/gpu/layer_e8.json")
+CHART = PAGE.parent / "pictures" / "layer-gpu.svg"
 GIB = 2**30
 BLOCK = re.compile(r"(<!-- ([a-z-]+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CPU_TARGETS = (
@@ -37,19 +42,29 @@ def main() -> None:
     after = rebuilt(before, ROOT)
     if not arguments.check:
         PAGE.write_text(after, encoding="utf-8")
+        draw(_merged(LAYERS, ROOT), CHART)
     elif after != before:
         sys.exit(f"{PAGE.name} differs from results/; run: python benchmarks/performance_tables.py")
 
 
 def rebuilt(page: str, root: Path) -> str:
     """The page with each table made anew."""
-    return BLOCK.sub(lambda block: block[1] + _table(block[2], root / block[3]) + "\n" + block[5], page)
+    return BLOCK.sub(lambda block: block[1] + _table(block[2], block[3].split("+"), root) + "\n" + block[5], page)
 
 
-def _table(kind: str, path: Path) -> str:
-    if not path.exists():
-        return f"Not measured yet: no {path.name}."
-    return TABLES[kind](json.loads(path.read_text(encoding="utf-8")))
+def _table(kind: str, names: Sequence[str], root: Path) -> str:
+    missing = [Path(name).name for name in names if not (root / name).exists()]
+    if missing:
+        return f"Not measured yet: no {', '.join(missing)}."
+    return TABLES[kind](_merged(names, root))
+
+
+def _merged(names: Sequence[str], root: Path) -> dict[str, Any]:
+    first, *others = (json.loads((root / name).read_text(encoding="utf-8")) for name in names)
+    for other in others:
+        shapes = {row["shape"] for row in other["rows"]}
+        first["rows"] = [row for row in first["rows"] if row["shape"] not in shapes] + other["rows"]
+    return first
 
 
 def machine(results: dict[str, Any]) -> str:

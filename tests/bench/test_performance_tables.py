@@ -1,6 +1,7 @@
 """docs/performance.md is made from results/."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -35,12 +36,25 @@ def test_check_exits_with_1_where_the_page_is_old(tables, tmp_path: Path, monkey
     page = tmp_path / "performance.md"
     page.write_text("<!-- layer results/none.json -->\n1.23\n<!-- end -->\n")
     monkeypatch.setattr(tables, "PAGE", page)
+    monkeypatch.setattr(tables, "CHART", tmp_path / "chart.svg")
     monkeypatch.setattr(sys, "argv", ["performance_tables.py", "--check"])
     with pytest.raises(SystemExit, match=r"differs from results/; run: python benchmarks/performance_tables\.py"):
         tables.main()
     monkeypatch.setattr(sys, "argv", ["performance_tables.py"])
     tables.main()
     assert page.read_text() == "<!-- layer results/none.json -->\nNot measured yet: no none.json.\n<!-- end -->\n"
+    assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
+
+
+def test_a_later_file_has_the_last_word_on_its_shapes(tables, tmp_path: Path):
+    for name, rows in (
+        ("one.json", [row("a", "ours", "remoe", "var", 1.8), row("b", "ours", "remoe", "var", 1.9)]),
+        ("two.json", [row("b", "ours", "remoe", "var", 1.5)]),
+    ):
+        (tmp_path / name).write_text(json.dumps({"rows": rows}))
+    text = tables.rebuilt("<!-- layer one.json+two.json -->\n<!-- end -->", tmp_path)
+    assert text.count("**1.80**") == text.count("**1.50**") == 1
+    assert "1.90" not in text
 
 
 def test_a_layer_row_has_the_best_of_each_kind_and_whether_the_target_is_reached(tables):

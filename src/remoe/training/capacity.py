@@ -19,7 +19,7 @@ kernels hold at once. The first layer of trained ReLU models opens about 3k expe
 
 
 class RowCapacity:
-    """Rows for one micro-batch, layer by layer: the most of a window and twice the spread in it, rounded up.
+    """Rows for one micro-batch, layer by layer: the most of a window, its spread and 1/16 on top, rounded up.
 
     A router whose count never varies (Top-K) gets exactly its count. `most` is the number of (token, expert) pairs of
     a micro-batch: a capacity of so many never overflows.
@@ -58,7 +58,8 @@ class RowCapacity:
 
 def enough_for(counts: Sequence[int]) -> int:
     """Rows that counts like these will hardly ever exceed."""
-    return rounded_up(max(counts) + 2 * spread(counts)) if spread(counts) else max(counts)
+    most = max(counts)
+    return rounded_up(most + spread(counts) + most // 16) if spread(counts) else most
 
 
 def spread(counts: Sequence[int]) -> int:
@@ -76,15 +77,20 @@ def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
     """Which layers keep nothing for the backward pass, but work in chunks and compute again.
 
     A layer may keep more than `cap` rows where others keep fewer: all together no more than `cap` a layer, and none
-    more than `MOST_SHARES` times that. Those with the most rows go first.
+    more than `MOST_SHARES` times that. Where they are too many, the smallest layer that is enough works in chunks, or
+    the largest where none is: the fewest rows are computed again.
     """
     in_chunks = [rows > MOST_SHARES * cap for rows in rows_L]
-    for layer in sorted(range(len(rows_L)), key=lambda layer: -rows_L[layer]):
-        kept = sum(rows for rows, chunked in zip(rows_L, in_chunks, strict=True) if not chunked)
-        if kept <= cap * len(rows_L):
-            break
-        in_chunks[layer] = True
+    while (excess := _kept(rows_L, in_chunks) - cap * len(rows_L)) > 0:
+        above = [layer for layer, rows in enumerate(rows_L) if rows > cap and not in_chunks[layer]]
+        enough = [layer for layer in above if rows_L[layer] >= excess]
+        chosen = min(enough, key=rows_L.__getitem__) if enough else max(above, key=rows_L.__getitem__)
+        in_chunks[chosen] = True
     return in_chunks
+
+
+def _kept(rows_L: Sequence[int], in_chunks: Sequence[bool]) -> int:
+    return sum(rows for rows, chunked in zip(rows_L, in_chunks, strict=True) if not chunked)
 
 
 @contextmanager
