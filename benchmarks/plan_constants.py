@@ -71,17 +71,18 @@ def block_passes(values: dict[str, Any], key: str, is_compiled: bool) -> tuple[f
     """
     nothing = {name: entry(0, "", "", "") for name in ("block_passes", "eager_block_passes")}
     gpus = machine_of({"name": values["name"], "constants": {**values["constants"], **nothing}})
-    found = []
+    found, dates = [], set[str]()
     for row in measured_models(ROOT / "results"):
         if row.gpu == gpus.name and row.is_for_fit and row.job.is_compiled == is_compiled:
             job = row.job
             seconds = step_time(job, row.parallel, gpus, at_start=row.at_start).total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
             found.append((job.tokens / row.tokens_per_second - seconds) * gpus["memory_rate"] / a_pass)
+            dates.add(json.loads((ROOT / "results" / "gpu" / row.source).read_text())["date"][:10])
     if not found:
         raise SystemExit(f"no {MODELS} for {key} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
     kind = "steady compiled" if is_compiled else "eager"
-    what = f"what step_ms of our {kind} candidates leaves beyond the other terms"
+    what = f"what step_ms of our {kind} candidates of {', '.join(sorted(dates))} leaves beyond the other terms"
     return statistics.mean(found), "passes over a layer's hidden states", what
 
 

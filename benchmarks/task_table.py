@@ -18,9 +18,10 @@ def scores_of(results: dict[str, Any]) -> dict[tuple[str, str, int], str]:
     for name, scores in [*results["results"].items(), *results.get("groups", {}).items()]:
         for metric, words in METRICS.items():
             if f"{metric},none" in scores:
+                form = ",.0f" if metric == "perplexity" else ".4f"
                 value, error = scores[f"{metric},none"], scores[f"{metric}_stderr,none"]
-                digits = ",.0f" if metric == "perplexity" else ".4f"
-                found[name, words, scores["sample_len"]] = f"{value:{digits}} ± {error:{digits}}"
+                spread = f"{error:{form}}" if isinstance(error, float) else error  # "N/A" where the harness has none
+                found[name, words, scores["sample_len"]] = f"{value:{form}} ± {spread}"
     return found
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     models = {path.stem: scores_of(json.loads(path.read_text(encoding="utf-8"))) for path in files}
     print("| task | metric | items | " + " | ".join(models) + " |")
     print("|---|---|---|" + "---|" * len(models))
-    for task, metric, items in next(iter(models.values())):
+    rows = dict.fromkeys(row for scores in models.values() for row in scores)
+    for task, metric, items in rows:
         cells = [scores.get((task, metric, items), "") for scores in models.values()]
         print(f"| {task} | {metric} | {items:,} | " + " | ".join(cells) + " |")
 

@@ -141,6 +141,19 @@ def test_a_step_with_another_loss_than_the_plain_model_is_an_error(run_config, m
         results.check()
 
 
+def test_a_wrong_loss_stands_in_the_row_of_its_model_and_in_the_ratio(run_config, monkeypatch):
+    plain_loss = model_bench._plain_loss
+
+    def wrong_for_top_k(model, batch, device):
+        return 1.0 if model.config.moe.router_name == "topk" else plain_loss(model, batch, device)
+
+    monkeypatch.setattr(model_bench, "_plain_loss", wrong_for_top_k)
+    bench = ModelBench(configs={"tiny": run_config}, peers=[], device=CPU, steps=1, phases=["steady"])
+    relu, topk, ratio = bench_model(bench).rows
+    assert "mismatches" not in relu
+    assert topk["mismatches"] == ratio["mismatches"]
+
+
 def test_a_dense_model_has_no_routers_to_compare(run_config):
     dense = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, moe_layers="none"))
     with pytest.raises(ConfigError, match=r"model\.moe_layers is none"):

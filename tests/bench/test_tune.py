@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from remoe.bench import ours, tune
+from remoe.bench.clock import Clock
 from remoe.bench.shapes import SHAPES
 from remoe.bench.tables import tune_line
 from remoe.bench.tune import Tuning
@@ -34,13 +35,16 @@ class FakeKernels:
         self.saved = list(rows)
         return path
 
+    def num_slow(self) -> int:
+        return list(self.active.values()).count("slow")
+
     def layer(self, problem, routing):
         right = ours.COLUMNS["remoe"](problem, routing)
 
         def forward():
             if "broken" in self.active.values():
                 raise RuntimeError("out of resource: shared memory")
-            time.sleep(0.02 * list(self.active.values()).count("slow"))
+            time.sleep(0.02 * self.num_slow())
             return right() * (2 if "wrong" in self.active.values() else 1)
 
         return forward
@@ -70,6 +74,45 @@ def test_choices_that_fail_or_differ_are_passed_over_with_their_reason(kernels, 
     tried = tune.tune(tuning(tmp_path), kernels).rows[0]["tried"]
     assert tried["up"]["wrong"].startswith("ArithmeticError: differs: out: 1.000e+00")
     assert tried["down"]["broken"] == "RuntimeError: out of resource: shared memory"
+
+
+def test_the_other_parts_are_settled_anew_for_each_choice_of_the_first(kernels, tmp_path, monkeypatch):
+    costs = {("slow", "slow"): 2, ("slow", "fast"): 1, ("fast", "slow"): 0, ("fast", "fast"): 3}  # one by one: 1
+    monkeypatch.setattr(kernels, "parts", lambda *_: {"up": ["slow", "fast"], "down": ["slow", "fast"]})
+    monkeypatch.setattr(kernels, "num_slow", lambda: costs[kernels.active["up"], kernels.active["down"]])
+    row = tune.tune(tuning(tmp_path), kernels).rows[0]
+    assert row["best"] == {"up": "fast", "down": "slow"}
+
+
+def test_todays_choices_stay_where_nothing_is_faster(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "parts", lambda *_: {"up": ["fast", "slow"], "down": ["fast", "slow"]})
+    times = iter([[1.0, 2.0], [1.0, 2.0], [3.0, 3.5, 4.0]])  # of down for each up, then of today and both ways
+    monkeypatch.setattr(Clock, "medians_in_turn_ms", lambda *_: next(times))
+    row = tune.tune(tuning(tmp_path), kernels).rows[0]
+    assert row["best"] == {"up": "fast", "down": "fast"}
+    assert row["first_ms"] == row["best_ms"] == 3.0
+
+
+def test_without_a_choice_that_works_there_is_a_note_and_no_row_in_the_table(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "parts", lambda *_: {"up": ["broken"], "down": ["slow", "fast"]})
+    row = tune.tune(tuning(tmp_path), kernels).rows[0]
+    assert row == {"shape": "tiny", "note": "no choice works: RuntimeError: out of resource: shared memory"}
+    assert kernels.saved == []
+
+
+def test_where_todays_choice_fails_its_reason_stands_for_its_time(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "parts", lambda *_: {"up": ["broken", "fast"], "down": ["fast"]})
+    row = tune.tune(tuning(tmp_path), kernels).rows[0]
+    assert row["best"] == {"up": "fast", "down": "fast"}
+    assert "RuntimeError: out of resource: shared memory -> " in tune_line(row)
+
+
+def test_calls_that_are_timed_in_turn_alternate():
+    made: list[str] = []
+    clock = Clock(torch.device("cpu"))
+    times = clock.medians_in_turn_ms([lambda: made.append("a"), lambda: made.append("b")], rounds=3)
+    assert "".join(made) == "ab" * 4  # once before the first round
+    assert len(times) == 2
 
 
 def test_shapes_after_the_deadline_are_left_out_of_the_table(kernels, tmp_path):

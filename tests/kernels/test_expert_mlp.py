@@ -93,6 +93,12 @@ def test_with_sums_the_gradients_of_the_matrices_are_added_to_them(density):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # 1 + g - 1 rounds g to 2^-24 of what was there
 
 
+def test_half_of_the_sums_is_an_error():
+    routing_map, tensors = random_inputs(7, 3, 8, 16, 0.3, torch.float32)
+    with pytest.raises(AssertionError, match="both sums or none"):
+        expert_mlp(*tensors, *plan(routing_map).lists, 0, "auto", torch.zeros_like(tensors[2]))
+
+
 def test_two_forward_passes_may_add_to_the_same_sums():
     routing_map, tensors = random_inputs(7, 3, 8, 16, 0.3, torch.float32)
     sums = tuple(torch.zeros_like(matrix) for matrix in tensors[2:])
@@ -108,7 +114,14 @@ def test_two_forward_passes_may_add_to_the_same_sums():
 
 def test_opcheck_accepts_the_op():
     routing_map, tensors = random_inputs(5, 3, 8, 8, 0.5, torch.float32)
-    torch.library.opcheck(torch.ops.remoe.expert_mlp.default, (*tensors, *plan(routing_map).lists))
+    lists = plan(routing_map).lists
+    torch.library.opcheck(torch.ops.remoe.expert_mlp.default, (*tensors, *lists))
+    sums = tuple(torch.zeros_like(matrix, requires_grad=False) for matrix in tensors[2:])
+    torch.library.opcheck(torch.ops.remoe.expert_mlp.default, (*tensors, *lists, 0, "auto", *sums))
+    detached = [tensor.detach() for tensor in tensors]
+    out, up = expert_mlp(*detached, *lists)
+    given = (torch.ones_like(out), up, *detached, *lists, 0, "auto", *sums)
+    torch.library.opcheck(torch.ops.remoe.expert_mlp_backward_adding.default, given)
 
 
 def test_same_bits_on_every_run():

@@ -2,7 +2,8 @@
 
 import torch
 
-from remoe.model.rotary import rotary_angles, rotate
+from remoe.kernels.rotary_angles import rotary_angles
+from remoe.model.rotary import rotate
 
 THETA = 1_000_000.0
 

@@ -50,7 +50,6 @@ class OurArm:
         self._ahead.settle()
         capacity = row_policy(self.stepper)
         if capacity is not None:
-            self.stepper.row_capacities = None
             counts = [self._counts(batch) for batch in self.batches]
             for active_L in itertools.islice(itertools.cycle(counts), WINDOW):
                 capacity.see(active_L)

@@ -26,6 +26,9 @@ from remoe.bench.results import Results, Row, Show, first_line
 from remoe.bench.shapes import LayerShape
 
 PROFILES = "profile"
+_EVEN_ROUNDS = 15
+Timed = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Makes of a call what is timed: a graph of it, or the call itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +159,11 @@ class _ShapeBench:
         if candidate.kind != "ceiling":
             row |= self._checked(candidate, route, run)
         timed = self.clock.captured if isinstance(forward, ours.Captured) else _as_it_is
+        both = timed(run.both)
         row["forward_ms"] = self.clock.median_ms(timed(run.forward))
-        row["forward_backward_ms"] = self.clock.median_ms(timed(run.both))
+        row["forward_backward_ms"] = self.clock.median_ms(both)
+        if route == "even_var":
+            row["over_even_fixed"] = self._over_even_fixed(candidate, both, timed)
         row["forward_tflops"] = self.shape.flops() / row["forward_ms"] / 1e9
         row["tflops"] = self.shape.flops(backward=True) / row["forward_backward_ms"] / 1e9
         memory = self.clock.memory(run.forward, run.backward)
@@ -166,6 +172,13 @@ class _ShapeBench:
         if self.config.profile:
             row[PROFILES] = profile(run.both, self.shape, self.clock, self.limits.bytes_a_number)
         return row
+
+    def _over_even_fixed(self, candidate: Candidate, variable: Callable[[], Any], timed: Timed) -> float:
+        """Its time over that of as many rows at each expert with k a token, measured in turn."""
+        routing = self._routing("even_fixed")
+        run = _Run(candidate.build(self.problem, routing), self.problem.leaves(routing), self.problem.grad_out_TH)
+        fixed_ms, variable_ms = self.clock.medians_in_turn_ms([timed(run.both), variable], _EVEN_ROUNDS)
+        return variable_ms / fixed_ms
 
     def _checked(self, candidate: Candidate, route: str, run: "_Run") -> Row:
         reference = self._expected(route)

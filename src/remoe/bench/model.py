@@ -38,7 +38,8 @@ STAGE_STEPS, RUN_STEPS = 110, 60_000
 DENSITY_TOLERANCE = 0.02
 LOSS_TOLERANCE = 5e-3
 PHASES = {"start": "half of all gates open", "steady": "k of E on average, and Top-K beside it"}
-_SMALL = 16384
+_FEWEST_TOKENS = 16384
+"""Of a batch that has the density of all by itself."""
 _BATCHES = 2
 PEERS = {  # experts implementation (None: the library's choice) and precision
     "transformers": (None, "autocast"),
@@ -71,8 +72,9 @@ def bench_model(config: ModelBench) -> Results:
     limits = vars(measure_limits(Clock(config.device), dtype))
     about = {"dtype": str(dtype).removeprefix("torch."), "limits": limits, "peak_tflops": peak_tflops(config.device)}
     results = Results("model", config.path, config.show, **about)
+    parts = (_ours, _peers) if "steady" in config.phases else (_ours,)
     for name, run in config.configs.items():
-        for part in (_ours, _peers):
+        for part in parts:
             if config.deadline_seconds is not None and time.perf_counter() - started > config.deadline_seconds:
                 results.add({"model": name, "note": "left out: deadline"})
                 continue
@@ -111,29 +113,35 @@ def _ours(bench: ModelBench, name: str, config: TrainConfig, results: Results) -
     twin = twin_with_router(model, "topk")
     topk = OurArm("topk", twin_stepper(_with_router(config, "topk"), twin, relu.stepper), batches)
     steady.share_a_direction(model)
-    mismatches = []
+    wrong: list[list[str]] = []
     for arm in (relu, topk):
         _settle(arm, config, device)
         arm.settle_rows()
-        mismatches += [f"{name}, {text}" for text in _wrong_loss(arm, config)]
+        wrong.append(_wrong_loss(arm, config))
     rows = _measured(bench, config, [relu, topk], bench.steps)
-    mismatches += [f"{name}, {text}" for text in _wrong_density(rows[0], config)]
-    if mismatches:
-        rows[0]["mismatches"] = mismatches
-    measured = [{"model": name, "phase": "steady", **row} for row in rows]
+    wrong[0] += _wrong_density(rows[0], config)
+    measured = [
+        {"model": name, "phase": "steady", **row} | _mismatches(name, texts)
+        for row, texts in zip(rows, wrong, strict=True)
+    ]
     for row in measured:
         results.add(row)
-    results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **_ratios(start, *rows)})
+    ratios = _ratios(start, *rows) | _mismatches(name, [text for texts in wrong for text in texts])
+    results.add({"model": name, "candidate": "relu over topk", "kind": "ratio", **ratios})
     if bench.profile:
         for row, arm in zip(measured, (relu, topk), strict=True):
             row["profile"] = _profile(bench, config, arm)
         results.write()
 
 
+def _mismatches(name: str, texts: Sequence[str]) -> Row:
+    return {"mismatches": [f"{name}, {text}" for text in texts]} if texts else {}
+
+
 def _batches(config: TrainConfig) -> list[Batch]:
     """Two, so that counts vary from step to step; one where a batch is too small to have the density of both."""
     length, size = config.data.sequence_length, config.train.batch_size
-    seeds = range(_BATCHES if size * length >= _SMALL else 1)
+    seeds = range(_BATCHES if size * length >= _FEWEST_TOKENS else 1)
     return [random_batch(config.model, size, length, seed) for seed in seeds]
 
 

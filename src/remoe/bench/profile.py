@@ -42,7 +42,7 @@ def profile(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes_a_nu
     kernels = kernels_of(call, clock)
     products = [kernel for kernel in kernels if _PRODUCTS.search(kernel["kernel"])]
     rows = kernels[:_MOST]
-    if not _is_chunked(kernels):
+    if not _layer_recomputes(kernels):
         rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in rows]
     total = _sum("all", kernels, kernels)
     if not products:
@@ -55,12 +55,12 @@ def profile_step(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes
     """The same for an optimizer step, whose MoE layers have this shape; only our kernels are rated."""
     kernels = kernels_of(call, clock)
     rows = kernels[:_MOST]
-    if not works_in_chunks(kernels):
+    if not step_recomputes(kernels):
         rows = [kernel | _rates(kernel, shape, bytes_a_number) for kernel in rows]
     return [*rows, _sum("all", kernels, kernels)]
 
 
-def works_in_chunks(kernels: Sequence[Kernel]) -> bool:
+def step_recomputes(kernels: Sequence[Kernel]) -> bool:
     """Whether some layers of a step compute their rows again: then how much work a call is cannot be told."""
     forward, backward = (
         sum(kernel["calls"] for kernel in kernels if name in kernel["kernel"])
@@ -83,7 +83,7 @@ def kernels_of(call: Callable[[], Any], clock: Clock) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -kernel["us"])
 
 
-def _is_chunked(kernels: list[Kernel]) -> bool:
+def _layer_recomputes(kernels: list[Kernel]) -> bool:
     return any(kernel["calls"] > 1 for kernel in kernels if re.search(_WORK[0][0], kernel["kernel"]))
 
 

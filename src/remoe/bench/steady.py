@@ -3,7 +3,7 @@
 A ReLU router without a bias can only be sparse where tokens share a direction, as trained models do and fresh ones do
 not. So the embedding gets one (a constant as large as its spread), and from each router's weights the part along it is
 taken away: for Top-K all of it, which evens the loads; for ReLU more, w_e - c_e m with m the mean of the layer's
-inputs, where c_e is the 1 - k/E quantile of <w_e, x> / <m, x> over a batch: exactly k/E of the tokens stay above 0.
+inputs, where c_e is the 1 - k/E quantile of <w_e, x> / <m, x> over the tokens given: exactly k/E of them stay above 0.
 Layers are set one after the other, each on the inputs that those before it produce.
 """
 
@@ -32,8 +32,8 @@ def share_a_direction(model: ReMoEForCausalLM) -> None:
 def settle(model: ReMoEForCausalLM, tokens_BS: Tensor) -> None:
     """Set the routers as the module says, on these tokens; call `share_a_direction` before.
 
-    Other tokens open other numbers of gates, in deep layers up to a tenth more where these are few sequences: what
-    attention adds is much the same for all tokens of a random sequence.
+    Tokens of one random sequence are alike in deep layers, so few sequences are few samples: on others up to a tenth
+    more gates opened.
     """
     with _settled_before_use(settable_layers(model)):
         model(tokens_BS, logits_to_keep=1)

@@ -137,7 +137,8 @@ def tune_line(row: Row) -> str:
     if "best" not in row:
         return f"{row['shape']:16} {_note(row)}"
     best = ", ".join(f"{part} {choice}" for part, choice in row["best"].items())
-    return f"{row['shape']:16} {row['first_ms']:.3f} -> {row['best_ms']:.3f} ms: {best}"
+    first_ms = row["first_ms"] if isinstance(row["first_ms"], str) else f"{row['first_ms']:.3f}"
+    return f"{row['shape']:16} {first_ms} -> {row['best_ms']:.3f} ms: {best}"
 
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -7,6 +7,7 @@ from typer import Option
 
 from remoe.cli.bench_options import Chart, Configs, Deadline, Json, Peers, finish, read_configs
 from remoe.cli.options import Device, Overrides, words
+from remoe.errors import ConfigError
 
 
 def model_command(
@@ -32,6 +33,11 @@ def model_command(
     from remoe.training.setup import pick_device
 
     check_chart_path(chart)
+    measured = chosen("--phases", words(phases), PHASES)
+    if not measured:
+        raise ConfigError(f"--phases is {phases!r}, must name one at least: {', '.join(PHASES)}")
+    if profile and "steady" not in measured:
+        raise ConfigError(f"--profile shows steps of the steady state, and --phases is {phases!r}; add steady to it")
     runs = {
         name: with_sizes(run, micro_batch or run.train.micro_batch, accumulation, compiled)
         for name, run in read_configs(configs, overrides).items()
@@ -41,7 +47,7 @@ def model_command(
         peers=chosen("--peers", words(peers), PEERS),
         device=pick_device(device),
         steps=steps,
-        phases=chosen("--phases", words(phases), PHASES),
+        phases=measured,
         profile=profile,
         deadline_seconds=deadline,
         path=json,

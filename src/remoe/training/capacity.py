@@ -78,7 +78,7 @@ def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
 
     A layer may keep more than `cap` rows where others keep fewer: all together no more than `cap` a layer, and none
     more than `MOST_SHARES` times that. Where they are too many, the smallest layer that is enough works in chunks, or
-    the largest where none is: the fewest rows are computed again.
+    the largest where none is: few rows are computed again.
     """
     in_chunks = [rows > MOST_SHARES * cap for rows in rows_L]
     while (excess := _kept(rows_L, in_chunks) - cap * len(rows_L)) > 0:

@@ -1,8 +1,9 @@
 """fp32 weights behind a model that holds its matrices in bf16: what the optimizer moves and a checkpoint keeps.
 
 Under autocast alone each micro-batch would round every matrix anew and widen every gradient again. Here matrices are
-rounded once after each optimizer step, and each gradient is added to the fp32 sum as it comes: those of experts by the
-kernel that computes them (remoe::expert_mlp), the others by a hook. Same numbers, less work.
+rounded once after each optimizer step, and each gradient is added to the fp32 sum as it comes: those of experts by
+remoe::expert_mlp, the others by a hook. Same numbers, less work; on the Triton path experts' gradients are not even
+rounded to bf16 before.
 """
 
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ class MasterWeights:
         """Let the experts of a model, this one or one that shares its parameters, add to the masters' gradients."""
         for experts in self._adding_experts(model):
             experts.gradient_sums = self._sums[experts.gate_up_proj], self._sums[experts.down_proj]
+
+    def detach_sums(self) -> None:
+        """Take the experts' sums away from the masters, so that they are not zeroed twice."""
+        for matrix in self._sums:
+            self._masters[matrix].grad = None
 
     def zero_sums(self) -> None:
         """Begin a step: the masters' gradients that experts add to are there from the start, at 0."""

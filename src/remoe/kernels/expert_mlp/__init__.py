@@ -27,9 +27,11 @@ def expert_mlp(
     chunks and keeps nothing: its memory does not grow with the rows, its backward pass computes them again.
 
     With `gate_up_sum` and `down_sum`, fp32 and shaped as the matrices, the backward pass adds the gradients of the
-    matrices to them, and autograd gets none. That saves gradient accumulation in bf16 training a pass over all
-    weights, and the Triton path their rounding.
+    matrices to them, and autograd gets none: gradient accumulation in bf16 training needs no other pass over all
+    weights. On the Triton path they are not rounded to bf16 before they are added.
     """
+    assert (gate_up_sum is None) == (down_sum is None), "both sums or none"
+    assert gate_up_sum is None or gate_up_sum.dtype == torch.float32, "sums are fp32"
     lists = (token_N, pair_N, row_N, expert_offsets, token_offsets)
     path = backends.pick(backend, hidden_TH)
     return path.forward(hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
@@ -56,14 +58,9 @@ def expert_mlp_backward_adding(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden_TH and weights_TE; those of the matrices are added to the sums."""
     lists = (token_N, pair_N, row_N, expert_offsets, token_offsets)
-    sums = gate_up_sum, down_sum
-    path = backends.pick(backend, hidden_TH)
-    given = (grad_out_TH, up_N2F, hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
-    grad_hidden_TH, grad_weights_TE, *grads = path.backward(*given, sums) if path.ADDS else path.backward(*given)
-    for matrix_sum, grad in zip(sums, grads, strict=True):
-        if grad is not None:
-            matrix_sum += grad
-    return grad_hidden_TH, grad_weights_TE
+    arguments = (grad_out_TH, up_N2F, hidden_TH, weights_TE, gate_up_proj, down_proj, lists, row_cap)
+    grads = backends.pick(backend, hidden_TH).backward(*arguments, (gate_up_sum, down_sum))
+    return grads[0], grads[1]
 
 
 @expert_mlp.register_fake
@@ -108,10 +105,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_out_TH: Tensor | None, _grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out_TH is None:  # nothing downstream used the output
         return (None,) * 13
-    given = (grad_out_TH.contiguous(), *ctx.saved_tensors, ctx.row_cap, ctx.backend)
+    arguments = (grad_out_TH.contiguous(), *ctx.saved_tensors, ctx.row_cap, ctx.backend)
     if ctx.sums is None:
-        return (*expert_mlp_backward(*given), *(None,) * 9)
-    return (*expert_mlp_backward_adding(*given, *ctx.sums), *(None,) * 11)
+        return (*expert_mlp_backward(*arguments), *(None,) * 9)
+    return (*expert_mlp_backward_adding(*arguments, *ctx.sums), *(None,) * 11)
 
 
 expert_mlp.register_autograd(_backward, setup_context=_save_for_backward)

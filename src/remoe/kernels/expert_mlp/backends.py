@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remoe.errors import ConfigError, MissingExtraError
 from remoe.kernels.expert_mlp import grouped, per_expert
+from remoe.kernels.expert_mlp.sums import Sums
 
 NAMES = ("auto", "triton", "grouped_mm", "plain")
 """auto: the fastest there is; triton: our kernels (GPU, bf16, fp16, fp32); grouped_mm: torch's grouped product (GPU,
@@ -16,6 +17,7 @@ bf16); plain: one matrix product an expert, anywhere."""
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Of hidden_TH, weights_TE, gate_up_proj and down_proj; None for a matrix whose gradient was added to its sum."""
 
 
 class Backend(Protocol):
@@ -23,8 +25,6 @@ class Backend(Protocol):
 
     CHUNKS: bool
     """Whether rows above the cap are worked off in chunks."""
-    ADDS: bool
-    """Whether the backward pass can add the gradients of the matrices to sums: it then takes `sums`."""
 
     def forward(
         self, hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int
@@ -32,7 +32,7 @@ class Backend(Protocol):
 
     def backward(
         self, grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor,
-        down_proj: Tensor, lists: Lists, row_cap: int, *sums: tuple[Tensor, Tensor],
+        down_proj: Tensor, lists: Lists, row_cap: int, sums: Sums | None = None,
     ) -> Gradients: ...  # fmt: skip
 
 

@@ -17,13 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.kernels.expert_mlp import matmul_kernels as matmul
 from remoe.kernels.expert_mlp import rows_kernels as rows
-from remoe.kernels.expert_mlp.tiles import Choices, Sizes, Tiles, choose
+from remoe.kernels.expert_mlp.sums import Sums, added
+from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Sizes, Tiles, choose
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Sums = tuple[Tensor, Tensor]
 CHUNKS = True
-ADDS = True
-_ADDING_WEIGHT_GRAD = Tiles(128, 256, 64, 8, 3)  # torch's grouped product cannot add to what is there
 
 
 @dataclass(frozen=True)
@@ -95,35 +93,35 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward; with `sums` those of the matrices are added to them and None is returned."""
     call = _call(weights_TE, down_proj, lists)
-    matrices = gate_up_proj, down_proj
+    matrices, dtype = (gate_up_proj, down_proj), hidden_TH.dtype
     if call.num_rows == 0:
-        grads = (None, None) if sums else tuple(torch.zeros_like(x) for x in matrices)
-        return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *grads
+        zeros = (torch.zeros_like(matrix) for matrix in matrices)
+        return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *added(sums, *zeros)
     is_whole = _is_whole(call, row_cap)
-    adds_to = sums
-    if sums is None and not is_whole:
-        adds_to = tuple(torch.zeros_like(x, dtype=torch.float32) for x in matrices)
-    sum_gate_up, sum_down = adds_to or (None, None)
     grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
     grad_weights_TE = torch.zeros_like(weights_TE)
-    grad_gate_up, grad_down = matrices  # until the first chunk
+    grads: Sums | None = None
+    gate_up_sum, down_sum = sums or (None, None)
+    if sums is None and not is_whole:
+        gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
     for chunk in call.chunks(0 if is_whole else row_cap):
         up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
         if not is_whole:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
-        grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, sum_down)
+        grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, down_sum)
         del act_NF, grad_y
         x = _Source(call, chunk, hidden_TH)
-        grad_gate_up = _weight_grad(call, chunk, grad_up_N2F, x, call.choices.grad_up, sum_gate_up)
+        grad_gate_up = _weight_grad(call, chunk, grad_up_N2F, x, call.choices.grad_up, gate_up_sum)
         del x
+        grads = grad_gate_up, grad_down
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
         _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
-    grad_x_TH = grad_x_TH.to(hidden_TH.dtype)
     if sums is not None:
-        return grad_x_TH, grad_weights_TE, None, None
-    return grad_x_TH, grad_weights_TE, grad_gate_up.to(hidden_TH.dtype), grad_down.to(hidden_TH.dtype)
+        return grad_x_TH.to(dtype), grad_weights_TE, None, None
+    assert grads is not None, "there is a chunk"
+    return grad_x_TH.to(dtype), grad_weights_TE, grads[0].to(dtype), grads[1].to(dtype)
 
 
 def _is_whole(call: Call, row_cap: int) -> bool:
@@ -240,23 +238,23 @@ def _rows_matmul(
 
 def _weight_grad(
     call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: Tiles | None,
-    adds_to: Tensor | None,
+    matrix_sum: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """out[e] = left^T right over the expert's rows, or that added to what is there."""
-    if tiles is None and adds_to is None:
+    """out[e] = left^T right over the expert's rows; or the sum, with that added."""
+    if tiles is None and matrix_sum is None:
         return _grouped_weight_grad(call, chunk, left, right)
-    tiles = tiles or _ADDING_WEIGHT_GRAD
+    tiles = tiles or IN_PLACE_OF_GROUPED_MM  # which cannot add to what is there
     left_rows, left_blocks, gathers_left = _side(left, tiles.k, tiles.m)
     right_rows, right_blocks, gathers_right = _side(right, tiles.k, tiles.n)
     num_left, num_right = left_rows.shape[1], right_rows.shape[1]
-    out = left_rows.new_empty((call.num_experts, num_left, num_right)) if adds_to is None else adds_to
+    out = left_rows.new_empty((call.num_experts, num_left, num_right)) if matrix_sum is None else matrix_sum
     num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
     num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles))
     matmul.weight_grad_kernel[(num_programs,)](
         left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3],
         TensorDescriptor.from_tensor(out, [1, tiles.m, tiles.n // 4]), num_left, num_right, call.num_experts,
         chunk.first, chunk.size, num_m, num_n, GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right,
-        ADD=adds_to is not None, **tiles.constants(left_rows.dtype),
+        ADD=matrix_sum is not None, **tiles.constants(left_rows.dtype),
     )  # fmt: skip
     return out
 

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.kernels.expert_mlp.combine import gather_sum
+from remoe.kernels.expert_mlp.sums import Sums, added
 
 _ROWS_A_BLOCK = 16384
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = False
-ADDS = False
 
 
 def forward(
@@ -30,12 +30,13 @@ def forward(
 
 def backward(
     grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0, sums: Sums | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward."""
     token_N, pair_N, row_N, expert_offsets, token_offsets = _without_tail(lists, weights_TE.numel())
     if token_N.numel() == 0:
-        return tuple(torch.zeros_like(x) for x in (hidden_TH, weights_TE, gate_up_proj, down_proj))  # type: ignore
+        zeros = (torch.zeros_like(matrix) for matrix in (gate_up_proj, down_proj))
+        return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *added(sums, *zeros)
     ends = expert_offsets[1:].to(torch.int32)
     grad_y_NH = grad_out_TH.index_select(0, token_N)
     weights_N = weights_TE.flatten().index_select(0, pair_N.clamp(max=weights_TE.numel() - 1))
@@ -49,7 +50,7 @@ def backward(
     grad_pairs = weights_TE.new_zeros(weights_TE.numel() + 1)  # the last one takes the entries past the last pair
     grad_pairs.index_copy_(0, pair_N, grad_weights_N.to(weights_TE.dtype))
     grad_x_TH = gather_sum(grad_x_NH, row_N, token_offsets).to(hidden_TH.dtype)
-    return grad_x_TH, grad_pairs[:-1].view_as(weights_TE).clone(), grad_gate_up, grad_down
+    return grad_x_TH, grad_pairs[:-1].view_as(weights_TE).clone(), *added(sums, grad_gate_up, grad_down)
 
 
 def _without_tail(lists: Lists, pair: int) -> Lists:

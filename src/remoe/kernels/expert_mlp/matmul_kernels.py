@@ -1,8 +1,8 @@
 # ruff: noqa: SIM108  (a ternary of a constexpr is evaluated on both sides)
 """Triton kernels of the expert matrix products: tiles of rows of one expert each, counts read on the device.
 
-Every kernel walks a tile map (rows_kernels.tile_map): tile m holds rows first[m] to last[m] of expert[m]. Row numbers
-count from the first row of the chunk at hand. Products accumulate in fp32.
+The products of rows walk a tile map (rows_kernels.tile_map): tile m holds rows first[m] to last[m] of expert[m]. Row
+numbers count from the first row of the chunk at hand. Products accumulate in fp32.
 """
 
 import triton
@@ -114,25 +114,23 @@ def weight_grad_kernel(
         begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
         first = tl.minimum(tl.maximum(begin - first_row, 0), num_rows).to(tl.int32)
         last = tl.minimum(tl.maximum(end - first_row, 0), num_rows).to(tl.int32)
+        m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
         sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         whole = first + (last - first) // BLOCK_K * BLOCK_K
         for k in range(first, whole, BLOCK_K):
             if GATHER_LEFT:
-                m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
                 token_K = tl.load(token_ptr + k + k_K)
                 left = tl.load(left_ptr + token_K[:, None] * M + m_M[None, :], mask=m_M[None, :] < M, other=0.0)
             else:
                 left = left_desc.load([k, m * BLOCK_M])
             if GATHER_RIGHT:
-                n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
                 token_K = tl.load(token_ptr + k + k_K)
                 right = tl.load(right_ptr + token_K[:, None] * N + n_N[None, :], mask=n_N[None, :] < N, other=0.0)
             else:
                 right = right_desc.load([k, n * BLOCK_N])
             sum_MN = tl.dot(left.T, right, sum_MN, input_precision=PRECISION)
         if whole < last:  # the rows after these are another expert's, or were never written
-            m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
-            n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
             row_K = whole + k_K
             is_row_K = row_K < last
             left_K, right_K = row_K.to(tl.int64), row_K.to(tl.int64)

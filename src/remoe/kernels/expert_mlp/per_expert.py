@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from remoe.kernels.expert_mlp import huge_pages
 from remoe.kernels.expert_mlp.combine import gather_sum
+from remoe.kernels.expert_mlp.sums import Sums, added
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = False
-ADDS = False
 
 
 def forward(
@@ -38,8 +38,8 @@ def forward(
 
 def backward(
     grad_out_TH: Tensor, up_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int = 0, sums: Sums | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward. The gate's gradient is <dA, a> with a recomputed, so that y is never kept."""
     bounds, (token_N, pair_N, row_N, token_offsets) = _without_tail(lists)
     x_NH = hidden_TH.index_select(0, token_N)
@@ -59,7 +59,7 @@ def backward(
     grad_hidden_TH = gather_sum(grad_x_NH, row_N, token_offsets, weights_N).to(hidden_TH.dtype)
     grad_weights_TE = torch.zeros_like(weights_TE)
     grad_weights_TE.view(-1).index_copy_(0, pair_N, grad_weights_N)
-    return grad_hidden_TH, grad_weights_TE, grad_gate_up, grad_down
+    return grad_hidden_TH, grad_weights_TE, *added(sums, grad_gate_up, grad_down)
 
 
 def _without_tail(lists: Lists) -> tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]:

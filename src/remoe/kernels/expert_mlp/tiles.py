@@ -24,6 +24,7 @@ class Tiles(NamedTuple):
 
     m: int
     n: int
+    """A quarter of it is 16 bytes at least: weight gradients are written by quarters."""
     k: int
     warps: int
     stages: int
@@ -81,7 +82,8 @@ _PRODUCTS = ("swiglu", "down", "grad_act", "grad_down", "grad_up", "grad_x")
 _FP32 = dict.fromkeys(_PRODUCTS, "64x64x32 w4 s2 g8") | {"rows": GATHERED}
 _FEW_ROWS = dict.fromkeys(_PRODUCTS, "16x64x64 w4 s4 g8") | {"rows": GATHERED}
 _FEW = 16
-_IN_PLACE_OF_GROUPED_MM = "128x128x64 w8 s3 g8"
+IN_PLACE_OF_GROUPED_MM = Tiles(128, 256, 64, 8, 3)
+"""Where the table says torch's grouped product, and it cannot be: for other types than bf16, or to add to a sum."""
 _forced: dict[str, str] = {}
 
 
@@ -98,7 +100,7 @@ def words_of(sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
         return _FEW_ROWS
     words = dict(_nearest_row(sizes))
     if dtype != torch.bfloat16:  # the only type of torch's grouped product on a GPU
-        words = {part: _IN_PLACE_OF_GROUPED_MM if word == GROUPED_MM else word for part, word in words.items()}
+        words = {part: str(IN_PLACE_OF_GROUPED_MM) if word == GROUPED_MM else word for part, word in words.items()}
     return words
 
 

@@ -13,10 +13,11 @@ from remoe.kernels.expert_mlp.tiles import COPIED, GATHERED, GROUPED_MM, TABLE, 
 
 _FUSED = (
     "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8", "128x128x64 w8 s4 g16", "128x64x64 w4 s3 g8", "128x64x64 w8 s4 g8",
+    "64x128x64 w4 s3 g8",
 )  # fmt: skip
 _PLAIN = (
     "128x256x64 w8 s3 g8", "128x256x64 w8 s4 g8", "256x128x64 w8 s3 g8", "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8",
-    "128x128x64 w4 s3 g8", "128x256x64 w8 s3 g16",
+    "128x128x64 w4 s3 g8", "128x256x64 w8 s3 g16", "64x256x64 w4 s3 g8",
 )  # fmt: skip
 _CANDIDATES = {
     "rows": (GATHERED, COPIED),
