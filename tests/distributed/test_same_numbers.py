@@ -74,19 +74,22 @@ def test_a_step_that_is_void_for_want_of_rows_on_one_rank_leaves_no_trace_on_any
 
 
 @pytest.mark.slow
-def test_every_router_in_every_layout_of_two_and_four_processes_has_the_numbers_of_one(
-    results_of: Callable[..., Any],
-):  # fmt: skip
-    check(results_of(2, "all_steps", timeout=900)["all_steps"], num_cases=3 * 8 * 2)
-    four = results_of(4, "all_steps", "averaged", timeout=900)
-    check(four["all_steps"], num_cases=3 * 10 * 2)
-    assert all(error > 0.1 for error in four["averaged"])
+@pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 8), (4, 10)])
+def test_every_router_in_every_layout_has_the_numbers_of_one_process(
+    results_of: Callable[..., Any], num_processes: int, num_layouts: int
+):
+    found = results_of(num_processes, "all_steps", "averaged", timeout=1500)
+    check(found["all_steps"], num_cases=3 * num_layouts * 2)
+    assert all(error > 0.1 for error in found["averaged"])
 
 
 @pytest.mark.slow
-def test_every_router_in_pipelines_of_two_and_four_processes_has_the_numbers_of_one(results_of: Callable[..., Any]):
-    check(results_of(2, "pipelined_steps", timeout=900)["pipelined_steps"], num_cases=3 * 1 * 2)
-    check(results_of(4, "pipelined_steps", timeout=900)["pipelined_steps"], num_cases=3 * 5 * 2)
+@pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 1), (4, 5)])
+def test_every_router_in_pipelines_has_the_numbers_of_one_process(
+    results_of: Callable[..., Any], num_processes: int, num_layouts: int
+):
+    found = results_of(num_processes, "pipelined_steps", timeout=1500)
+    check(found["pipelined_steps"], num_cases=3 * num_layouts * 2)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ CONFIG = typer.Argument(
 Config = Annotated[str, CONFIG]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override keys, e.g. train.steps=100; several may follow, or --set again"),
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.steps=100; more may follow"),
 ]
 Root = Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of the runs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
