@@ -83,7 +83,7 @@ def layer(results: dict[str, Any]) -> str:
     """Times per shape: the limit, a dense MLP, ours, the best peers, the target."""
     header = ("shape (T, H, F, E, k)", "limit", "dense", "ours, variable", "ours, fixed k")
     header += ("best peer, variable", "best peer, fixed k", "target", "reached")
-    rows = [_layer_row(name, rows) for name, rows in _by_shape(results).items()]
+    rows = [_layer_row(name, rows) for name, rows in _by_shape(results).items() if _best(rows, "ours", "var")]
     return _markdown(header, rows)
 
 

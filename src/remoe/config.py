@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is not valid YAML: {error}") from None
     _check_bounded(f"config {path}", values)
     if values is None:
-        return {}
+        raise ConfigError(f"config {path} is empty, must hold a key at least, e.g. `name: {path.stem}`")
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds a {type(values).__name__}, must be a mapping of keys such as `model:`")
     return values

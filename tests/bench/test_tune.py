@@ -84,6 +84,13 @@ def test_the_other_parts_are_settled_anew_for_each_choice_of_the_first(kernels, 
     assert row["best"] == {"up": "fast", "down": "slow"}
 
 
+def test_parts_that_are_not_asked_for_keep_todays_choice(kernels, tmp_path):
+    row = tune.tune(tuning(tmp_path, parts=["down"]), kernels).rows[0]
+    assert row["best"] == {"up": "slow", "down": "fast"}
+    with pytest.raises(ConfigError, match=r"--parts has 'dawn', must be one of up, down; did you mean 'down'\?"):
+        tune.tune(tuning(tmp_path, parts=["dawn"]), kernels)
+
+
 def test_todays_choices_stay_where_nothing_is_faster(kernels, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "parts", lambda *_: {"up": ["fast", "slow"], "down": ["fast", "slow"]})
     times = iter([[1.0, 2.0], [1.0, 2.0], [3.0, 3.5, 4.0]])  # of down for each up, then of today and both ways

@@ -11,7 +11,7 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,7 +23,7 @@ from remoe.bench.numerics import TENSORS, Expected, errors, expected, too_large
 from remoe.bench.problem import Problem, Routing
 from remoe.bench.results import Results, Row, Show, first_line
 from remoe.bench.shapes import LayerShape
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, one_of
 
 KERNELS = "remoe.kernels.expert_mlp.tuning"
 ROUTE = "var"
@@ -56,6 +56,8 @@ class Tuning:
     shapes: list[LayerShape]
     device: torch.device
     dtype: torch.dtype
+    parts: list[str] = field(default_factory=list[str])
+    """Those to settle, the others keep today's choice; none: all."""
     deadline_seconds: float | None = None
     path: Path | None = None
     """Every measurement, as JSON."""
@@ -107,7 +109,7 @@ class _Tuner:
             key: getattr(self.shape, key)
             for key in ("num_tokens", "hidden_size", "expert_size", "num_experts", "top_k")
         }
-        parts = self.kernels.parts(sizes, self.tuning.dtype, self.tuning.device)
+        parts = self._parts(sizes)
         (way, ways), *others = parts.items()
         today = {part: choices[0] for part, choices in parts.items()}
         settled = {choice: self._settle(today | {way: choice}, others) for choice in ways}
@@ -127,6 +129,15 @@ class _Tuner:
             "best_ms": best_ms,
             "tried": {way: dict(zip(ways, times, strict=True))} | tried,
         }
+
+    def _parts(self, sizes: Mapping[str, int]) -> dict[str, Sequence[str]]:
+        """What can be chosen, of the parts that are asked for."""
+        known = self.kernels.parts(sizes, self.tuning.dtype, self.tuning.device)
+        for part in self.tuning.parts:
+            if part not in known:
+                raise ConfigError(f"--parts has {part!r}, {one_of(part, list(known))}")
+        asked = self.tuning.parts or list(known)
+        return {part: choices if part in asked else choices[:1] for part, choices in known.items()}
 
     def _settle(
         self, best: dict[str, str], parts: Sequence[tuple[str, Sequence[str]]]

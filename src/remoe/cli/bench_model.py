@@ -16,7 +16,7 @@ def model_command(
     steps: Annotated[int, Option(help="optimizer steps that are timed", min=1)] = 8,
     micro_batch: Annotated[int | None, Option(help="sequences a forward pass; default: the config's", min=1)] = None,
     accumulation: Annotated[int, Option(help="forward passes an optimizer step", min=1)] = 16,
-    phases: Annotated[str, Option(help="start, steady or both, joined by a comma")] = "start,steady",
+    phases: Annotated[str, Option(help="start, steady or all")] = "start,steady",
     peers: Peers = "none",
     compiled: Annotated[bool, Option("--compile/--no-compile", help="torch.compile ours and the peers")] = True,
     profile: Annotated[bool, Option("--profile", help="show the kernels of a step of ours")] = False,
@@ -35,7 +35,7 @@ def model_command(
     check_chart_path(chart)
     measured = chosen("--phases", words(phases), PHASES)
     if not measured:
-        raise ConfigError(f"--phases is {phases!r}, must name one at least: {', '.join(PHASES)}")
+        raise ConfigError(f"--phases is {phases!r}, must be {', '.join(PHASES)} or all")
     if profile and "steady" not in measured:
         raise ConfigError(f"--profile shows steps of the steady state, and --phases is {phases!r}; add steady to it")
     runs = {

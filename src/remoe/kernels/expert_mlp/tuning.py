@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from remoe.errors import ConfigError
 from remoe.kernels.expert_mlp import tiles
 from remoe.kernels.expert_mlp.tiles import COPIED, GATHERED, GROUPED_MM, TABLE, Sizes
 
@@ -31,7 +32,9 @@ _CANDIDATES = {
 
 
 def parts(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, list[str]]:
-    """The choices of each part, today's first."""
+    """The choices of each part, today's first. Raises ConfigError where the Triton path does not run."""
+    if device.type != "cuda":
+        raise ConfigError(f"--device is {device.type}, must be cuda: only the kernels of GPUs have choices")
     today = tiles.words_of(_sizes(shape), dtype)
     return {part: list(dict.fromkeys((today[part], *choices))) for part, choices in _CANDIDATES.items()}
 
@@ -46,10 +49,12 @@ def save(rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
     path = path or TABLE
     kept: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     new: list[dict[str, Any]] = [
-        {"shape": row["shape"], "sizes": _sizes(row["sizes"])._asdict(), "choices": row["best"]} for row in rows
+        {"device": row["device"], "shape": row["shape"]}
+        | {"sizes": _sizes(row["sizes"])._asdict(), "choices": row["best"]}
+        for row in rows
     ]
     names = {row["shape"] for row in new}
-    table = {"device": rows[0]["device"], "rows": [row for row in kept if row["shape"] not in names] + new}
+    table = {"rows": [row for row in kept if row["shape"] not in names] + new}
     path.write_text(json.dumps(table, indent=1) + "\n")
     return path
 
