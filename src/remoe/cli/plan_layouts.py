@@ -34,6 +34,7 @@ def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
         )
     return {
         "gpus": num_gpus,
+        "compiled": run.train.compile,
         "layouts": [dataclasses.asdict(one) for one in found],
         "machine": dataclasses.asdict(gpus),
     }
@@ -45,7 +46,9 @@ def layouts_text(values: Mapping[str, Any]) -> str:
 
     layouts, gpus = values["layouts"], machine_of(values["machine"])
     fitting = sum(one["fits"] for one in layouts)
-    lines = [f"{values['gpus']} x {gpus.name}: {fitting} of {len(layouts)} layouts fit; the fastest"]
+    how = "compiled" if values["compiled"] else "not compiled (train.compile is false)"
+    head = f"{values['gpus']} x {gpus.name}, {how}: {fitting} of {len(layouts)} layouts fit; the fastest"
+    lines = [f"{head} {min(SHOWN, len(layouts))}:"]
     lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
     lines += ["memory, at start, gathers, all-to-all and to stages: of one GPU, the last three of a micro-batch"]
     lines += ["bubble: what of the step the stages of a pipeline wait for the others (1F1B); --json has all layouts"]
