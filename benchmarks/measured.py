@@ -23,6 +23,8 @@ class MeasuredStep(NamedTuple):
     source: str
     what: str
     gpu: str
+    date: str
+    """Year, month and day."""
     job: Job
     parallel: ParallelConfig
     tokens_per_second: float
@@ -51,7 +53,7 @@ def measured_models(folder: Path) -> list[MeasuredStep]:
             if row.get("kind") == "ours" and "mismatches" not in row:
                 changes = [*overrides, f"model.router={row['candidate']}"]
                 job = _job(row["model"], changes, row["micro_batch"], row["accumulation"])
-                found.append(_measured(path, content["gpus"][0], row, job, None))
+                found.append(_measured(path, content, row, job, None))
     return found
 
 
@@ -62,19 +64,22 @@ def measured_layouts(folder: Path) -> list[MeasuredStep]:
 
 def _layouts_in(path: Path) -> Iterator[MeasuredStep]:
     content = json.loads(path.read_text())
-    command, gpus = content["machine"]["command"], content["machine"]["gpus"]
+    about = content["machine"]
+    command = about["command"]
     config = _after(command, "scale_out.py")[0]
     micro_batch, accumulation = (int((_after(command, key) or [default])[0]) for key, default in _SIZES)
     for row in content["rows"]:
         changes = [*_after(command, "--set"), f"model.router={row['router']}"]
         job = _job(config, changes, micro_batch, accumulation * row["ranks"])
-        yield _measured(path, gpus[0], row, job, row["parallel"])
+        yield _measured(path, about, row, job, row["parallel"])
 
 
 _SIZES = (("--micro-batch", "8"), ("--accumulation", "4"))
 
 
-def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None) -> MeasuredStep:
+def _measured(
+    path: Path, about: Mapping[str, Any], row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None
+) -> MeasuredStep:
     layout = {key: size for key, size in (sizes or {}).items() if key in LAYOUT_SIZES}
     parallel = job.layout(row.get("ranks", 1), **layout)
     assert parallel is not None, f"{path}: a layout that was measured must be one"
@@ -83,7 +88,8 @@ def _measured(path: Path, gpu: str, row: Mapping[str, Any], job: Job, sizes: Map
     what = f"{job.model.moe.router_name} on {row.get('ranks', 1)}" + (f", {named}" if named else "")
     at_start = row.get("phase") == "start"
     what += ", at start" if at_start else ""
-    return MeasuredStep(path.name, what, gpu, job, parallel, row["tokens_per_second"], peak, at_start)
+    gpu, date = about["gpus"][0], about["date"][:10]
+    return MeasuredStep(path.name, what, gpu, date, job, parallel, row["tokens_per_second"], peak, at_start)
 
 
 def _job(config: str, overrides: Sequence[str], micro_batch: int, micro_batches: int) -> Job:

@@ -78,7 +78,7 @@ def block_passes(values: dict[str, Any], key: str, is_compiled: bool) -> tuple[f
             seconds = step_time(job, row.parallel, gpus, at_start=row.at_start).total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
             found.append((job.tokens / row.tokens_per_second - seconds) * gpus["memory_rate"] / a_pass)
-            dates.add(json.loads((ROOT / "results" / "gpu" / row.source).read_text())["date"][:10])
+            dates.add(row.date)
     if not found:
         raise SystemExit(f"no {MODELS} for {key} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
     kind = "steady compiled" if is_compiled else "eager"

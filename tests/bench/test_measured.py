@@ -25,7 +25,7 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
             "peak_bytes": [1],
         },
     ]
-    content = {"machine": {"command": command, "gpus": ["a card", "a card"]}, "rows": rows}
+    content = {"machine": {"command": command, "gpus": ["a card", "a card"], "date": "2026-11-29"}, "rows": rows}
     (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
     alone, two, stages = measured.measured_layouts(tmp_path)
     assert (alone.what, two.what, stages.what) == ("topk on 1", "topk on 2, expert 2", "topk on 2, pipeline 2")
@@ -43,7 +43,7 @@ def test_measured_models_are_the_steps_of_ours(tmp_path: Path):
     others = [row | {"phase": "start"}, row | {"kind": "peer"}, {"kind": "ratio"}]
     command = "python3 -m remoe bench model remoe-182m-relu --set train.activation_checkpointing=false --steps 4"
     (tmp_path / "gpu").mkdir()
-    content = {"command": command, "gpus": ["a card"], "rows": [row, *others]}
+    content = {"command": command, "gpus": ["a card"], "date": "2026-11-29", "rows": [row, *others]}
     (tmp_path / "gpu" / "model_182m.json").write_text(json.dumps(content))
     found, at_start = measured.measured_models(tmp_path)
     assert (found.at_start, at_start.at_start) == (False, True)

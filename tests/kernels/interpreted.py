@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import itertools
+from functools import partial
 
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -46,14 +47,9 @@ def add_to_block(self, kind, desc, value, indices):
     self.create_descriptor_store(desc, TensorHandle(there.data + value.data, value.dtype), indices)
 
 
-def passes_of(path):
-    """Output and gradients by a path."""
-
-    def run(tensors, grad_out, lists, *row_cap):
-        out, kept = path.forward(*tensors, lists, *row_cap)
-        return out, *path.backward(grad_out, kept, *tensors, lists, *row_cap)
-
-    return run
+def passes(path, tensors, grad_out, lists, *row_cap):
+    out, kept = path.forward(*tensors, lists, *row_cap)
+    return out, *path.backward(grad_out, kept, *tensors, lists, *row_cap)
 
 
 def adding_passes(tensors, grad_out, lists, row_cap):
@@ -71,7 +67,7 @@ def largest_error(shape, density, dtype, rows, run):
     lists = dispatch_lists_triton(routing_map, int(routing_map.sum()) + slack)[:5]
     actual = run(tensors, grad_out, lists, row_cap)
     exact = tuple(tensor.double() for tensor in tensors)
-    expected = passes_of(per_expert)(exact, grad_out.double(), reference.dispatch_lists(routing_map)[:5])
+    expected = passes(per_expert, exact, grad_out.double(), reference.dispatch_lists(routing_map)[:5])
     return max(
         float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(actual, expected, strict=True)
     )
@@ -90,7 +86,7 @@ def main():
         fused.choose = lambda *_, choices=choices: choices
         for shape, density, rows in itertools.product(SHAPES, (0.0, 0.4, 1.0), ROWS):
             case = f"{name} {dtype} {shape} {density} {rows}"
-            errors[case] = largest_error(shape, density, dtype, ROWS[rows], passes_of(fused))
+            errors[case] = largest_error(shape, density, dtype, ROWS[rows], partial(passes, fused))
             if density == 0.4:
                 errors[f"{case} adding"] = largest_error(shape, density, dtype, ROWS[rows], adding_passes)
     sizes = [(0, 4), (1, 1), (5, 3), (33, 1), (300, 64), (700, 8)]

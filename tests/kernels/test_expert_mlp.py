@@ -37,8 +37,12 @@ def run_reference(routing_map, tensors):
 
 def with_gradients(run, routing_map, tensors):
     out = run(routing_map, tensors)
+    return out, *torch.autograd.grad(along_a_direction(out), tensors)
+
+
+def along_a_direction(out):
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
-    return out, *torch.autograd.grad((out * direction).sum(), tensors)
+    return (out * direction).sum()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,14 +79,12 @@ def test_gradcheck():
 
 def with_sums(lists, tensors, *row_cap_and_backend):
     """As with_gradients, with those of the matrices added to sums that begin at 1."""
-    out_of = tensors[0].dtype
     sums = tuple(torch.ones_like(matrix, dtype=torch.float32) for matrix in tensors[2:])
     row_cap, backend = row_cap_and_backend or (0, "auto")
     out, _ = expert_mlp(*tensors, *lists, row_cap, backend, *sums)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
-    grads = torch.autograd.grad((out * direction).sum(), tensors, allow_unused=True)
+    grads = torch.autograd.grad(along_a_direction(out), tensors, allow_unused=True)
     assert grads[2:] == (None, None)
-    return out, *grads[:2], *((gradient_sum - 1).to(out_of) for gradient_sum in sums)
+    return out, *grads[:2], *((gradient_sum - 1).to(out.dtype) for gradient_sum in sums)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])

@@ -30,9 +30,6 @@ class WithoutMasters:
     def update_model(self) -> None:
         pass
 
-    def detach_sums(self) -> None:
-        pass
-
     def zero_sums(self) -> None:
         pass
 

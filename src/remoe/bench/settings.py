@@ -21,13 +21,14 @@ def dtype_named(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def chosen(option: str, names: Sequence[str], known: Mapping[str, object]) -> list[str]:
-    """Names out of those known; `all` stands for every one, `none` for none."""
-    if list(names) in (["all"], ["none"]):
+def chosen(option: str, names: Sequence[str], known: Mapping[str, object], or_none: bool = True) -> list[str]:
+    """Names out of those known; `all` stands for every one, and `none` for none where that is allowed."""
+    words = ["all", "none"] if or_none else ["all"]
+    if len(names) == 1 and names[0] in words:
         return list(known) if names[0] == "all" else []
-    for name in names:
+    for name in names or ([] if or_none else [""]):
         if name not in known:
-            raise ConfigError(f"{option} has {name!r}, {one_of(name, [*known, 'all', 'none'])}")
+            raise ConfigError(f"{option} has {name!r}, {one_of(name, [*known, *words])}")
     return list(names)
 
 

@@ -27,6 +27,8 @@ from remoe.errors import ConfigError, one_of
 
 KERNELS = "remoe.kernels.expert_mlp.tuning"
 ROUTE = "var"
+SIZES = ("num_tokens", "hidden_size", "expert_size", "num_experts", "top_k")
+"""What of a shape its choices depend on."""
 _ROUNDS = 11
 
 
@@ -99,19 +101,16 @@ class _Tuner:
 
     def __init__(self, tuning: Tuning, kernels: Tunable, clock: Clock, shape: LayerShape) -> None:
         self.tuning, self.kernels, self.clock, self.shape = tuning, kernels, clock, shape
+        self.sizes = {key: getattr(shape, key) for key in SIZES}
+        self.parts = self._parts()
         self.problem = Problem(shape, tuning.device, tuning.dtype)
         self.routing: Routing = self.problem.route(ROUTE)
         self.reference: Expected = expected(self.problem, self.routing)
 
     def settled(self) -> Row:
         """The best choice of each part, and the times of all."""
-        sizes = {
-            key: getattr(self.shape, key)
-            for key in ("num_tokens", "hidden_size", "expert_size", "num_experts", "top_k")
-        }
-        parts = self._parts(sizes)
-        (way, ways), *others = parts.items()
-        today = {part: choices[0] for part, choices in parts.items()}
+        (way, ways), *others = self.parts.items()
+        today = {part: choices[0] for part, choices in self.parts.items()}
         settled = {choice: self._settle(today | {way: choice}, others) for choice in ways}
         all_choices = [today, *(best for best, _ in settled.values())]
         first_ms, *times = self._times(all_choices)
@@ -122,7 +121,7 @@ class _Tuner:
         _, tried = settled[ways[max(0, winner - 1)]]
         return {
             "shape": self.shape.name,
-            "sizes": sizes,
+            "sizes": self.sizes,
             "device": torch.cuda.get_device_name(self.tuning.device) if self.clock.is_cuda else "cpu",
             "best": all_choices[winner],
             "first_ms": first_ms,
@@ -130,9 +129,9 @@ class _Tuner:
             "tried": {way: dict(zip(ways, times, strict=True))} | tried,
         }
 
-    def _parts(self, sizes: Mapping[str, int]) -> dict[str, Sequence[str]]:
+    def _parts(self) -> dict[str, Sequence[str]]:
         """What can be chosen, of the parts that are asked for."""
-        known = self.kernels.parts(sizes, self.tuning.dtype, self.tuning.device)
+        known = self.kernels.parts(self.sizes, self.tuning.dtype, self.tuning.device)
         for part in self.tuning.parts:
             if part not in known:
                 raise ConfigError(f"--parts has {part!r}, {one_of(part, list(known))}")

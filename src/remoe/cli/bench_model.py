@@ -33,9 +33,7 @@ def model_command(
     from remoe.training.setup import pick_device
 
     check_chart_path(chart)
-    measured = chosen("--phases", words(phases), PHASES)
-    if not measured:
-        raise ConfigError(f"--phases is {phases!r}, must be {', '.join(PHASES)} or all")
+    measured = chosen("--phases", words(phases), PHASES, or_none=False)
     if profile and "steady" not in measured:
         raise ConfigError(f"--profile shows steps of the steady state, and --phases is {phases!r}; add steady to it")
     runs = {

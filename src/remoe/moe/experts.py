@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.kernels.expert_mlp import expert_mlp
+from remoe.kernels.expert_mlp.sums import Sums
 from remoe.moe import initial
 from remoe.moe.dispatch import DispatchPlan
 from remoe.moe.routing import Merging
@@ -25,8 +26,8 @@ class GroupedExperts(nn.Module):
         """Rows that a call keeps for its backward pass, a token; with more it works in chunks. 0: any number."""
         self.keeps_all_rows = False
         """Keep any number after all: for a model whose layers together keep few enough."""
-        self.gradient_sums: tuple[Tensor, Tensor] | None = None
-        """fp32 sums [E, 2F, H] and [E, H, F] that a backward pass adds to in place of the parameters' `grad`."""
+        self.gradient_sums: Sums | None = None
+        """What a backward pass adds to in place of the parameters' `grad`."""
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         initial.reset(self, init_std)

@@ -40,15 +40,12 @@ class MasterWeights:
         for experts in self._adding_experts(model):
             experts.gradient_sums = self._sums[experts.gate_up_proj], self._sums[experts.down_proj]
 
-    def detach_sums(self) -> None:
-        """Take the experts' sums away from the masters, so that they are not zeroed twice."""
-        for matrix in self._sums:
-            self._masters[matrix].grad = None
-
     def zero_sums(self) -> None:
-        """Begin a step: the masters' gradients that experts add to are there from the start, at 0."""
+        """Give masters whose gradient the optimizer has dropped their sum back, at 0; others it has zeroed in place."""
         for matrix, gradient_sum in self._sums.items():
-            self._masters[matrix].grad = gradient_sum.zero_()
+            master = self._masters[matrix]
+            if master.grad is None:
+                master.grad = gradient_sum.zero_()
 
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by name, those that have masters replaced by them."""

@@ -161,8 +161,6 @@ class Stepper:
 
     def _zero_gradients(self) -> None:
         """A graph adds to the memory it was captured with; otherwise only experts' sums take some between steps."""
-        if self.masters is not None:
-            self.masters.detach_sums()
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
         if self.masters is not None:
             self.masters.zero_sums()
