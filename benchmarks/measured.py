@@ -69,7 +69,8 @@ def _layouts_in(path: Path) -> Iterator[MeasuredStep]:
     config = _after(command, "scale_out.py")[0]
     micro_batch, accumulation = (int((_after(command, key) or [default])[0]) for key, default in _SIZES)
     for row in content["rows"]:
-        changes = [*_after(command, "--set"), f"model.router={row['router']}"]
+        is_compiled = "--compile" in command
+        changes = [*_after(command, "--set"), f"model.router={row['router']}", f"train.compile={is_compiled}"]
         job = _job(config, changes, micro_batch, accumulation * row["ranks"])
         yield _measured(path, about, row, job, row["parallel"])
 
@@ -81,12 +82,14 @@ def _measured(
     path: Path, about: Mapping[str, Any], row: Mapping[str, Any], job: Job, sizes: Mapping[str, Any] | None
 ) -> MeasuredStep:
     layout = {key: size for key, size in (sizes or {}).items() if key in LAYOUT_SIZES}
-    parallel = job.layout(row.get("ranks", 1), **layout)
+    sharded = (sizes or {}).get("sharded", "parameters")
+    parallel = job.layout(row.get("ranks", 1), sharded, **layout)
     assert parallel is not None, f"{path}: a layout that was measured must be one"
     peak = row["peak_bytes"] if isinstance(row["peak_bytes"], int) else max(row["peak_bytes"])
     named = ", ".join(f"{key} {size}" for key, size in layout.items() if size > 1)
     what = f"{job.model.moe.router_name} on {row.get('ranks', 1)}" + (f", {named}" if named else "")
     at_start = row.get("phase") == "start"
+    what += ", optimizer shared" if sharded == "optimizer" else ""
     what += ", at start" if at_start else ""
     gpu, date = about["gpus"][0], about["date"][:10]
     return MeasuredStep(path.name, what, gpu, date, job, parallel, row["tokens_per_second"], peak, at_start)

@@ -1,7 +1,7 @@
 """Rebuild the tables and the chart of docs/performance.md from the files under results/: no number is typed by hand.
 
 A table stands between `<!-- KIND FILE -->` and `<!-- end -->`; KIND is one of those in TABLES, FILE is what a benchmark
-wrote, or several of them joined by +, whose later ones have the last word on a shape. Without the file the table says
+wrote, or several of them joined by +: rows of the later ones replace those of the same layer shape. Without the file the table says
 so. Example:
 
     python benchmarks/performance_tables.py          # rewrites the page and draws the chart
@@ -62,13 +62,14 @@ def _table(kind: str, names: Sequence[str], root: Path) -> str:
 def _merged(names: Sequence[str], root: Path) -> dict[str, Any]:
     first, *others = (json.loads((root / name).read_text(encoding="utf-8")) for name in names)
     for other in others:
-        shapes = {row["shape"] for row in other["rows"]}
-        first["rows"] = [row for row in first["rows"] if row["shape"] not in shapes] + other["rows"]
+        shapes = {row["shape"] for row in other["rows"] if "shape" in row}
+        first["rows"] = [row for row in first["rows"] if row.get("shape") not in shapes] + other["rows"]
     return first
 
 
 def machine(results: dict[str, Any]) -> str:
     """What it was measured on, and how."""
+    results = results.get("machine", results)
     device = ", ".join(results["gpus"]) or f"{results['cores']} cores of an {results['processor']}"
     libraries = (f"{name} {version}" for name, version in results["versions"].items() if version)
     text = f"{device}; {', '.join(libraries)}; {results['date'][:10]}; `{results['command']}`"
@@ -241,6 +242,28 @@ def _ratio_rows(row: Row) -> list[list[str]]:
     return [[row["model"], *cells] for cells in found]
 
 
+def layouts(results: dict[str, Any]) -> str:
+    """Training on several GPUs, beside as many times one of them."""
+    alone = {row["router"]: row["tokens_per_second"] for row in results["rows"] if row["ranks"] == 1}
+    header = ("router", "GPUs", "experts shared by", "shared", "tokens/s", "of GPUs × one", "active experts", "peak GiB")
+    return _markdown(header, [_layout_row(row, alone.get(row["router"])) for row in results["rows"]])
+
+
+def _layout_row(row: Row, alone: float | None) -> list[str]:
+    parallel = row["parallel"] or {}
+    share = None if alone is None else row["tokens_per_second"] / alone / row["ranks"]
+    return [
+        row["router"],
+        str(row["ranks"]),
+        str(parallel.get("expert", 1)),
+        parallel.get("sharded", "–"),
+        f"{row['tokens_per_second']:,.0f}",
+        "–" if share is None else f"{share:.3f}",
+        f"{row['active_experts']:.3f}",
+        _size(max(row["peak_bytes"])),
+    ]
+
+
 def decode(results: dict[str, Any]) -> str:
     """Prefill and decoding."""
     header = ("model", "phase", "batch", "candidate", "tokens/s", "ms a token", "of limit", "note")
@@ -355,6 +378,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "figures": figures,
     "model": model,
     "ratios": ratios,
+    "layouts": layouts,
     "decode": decode,
     "kernels": kernels,
     "layer-cpu": layer_cpu,

@@ -12,11 +12,17 @@ spec.loader.exec_module(measured)
 
 def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
     command = "benchmarks/scale_out.py remoe-469m-relu --expert 1 2 --micro-batch 4 --accumulation 3"
-    command += " --set data.sequence_length=512 --output x.json"
+    command += " --compile --set data.sequence_length=512 --output x.json"
     parallel = {"data_replicate": 1, "data_shard": 2, "expert": 2, "tensor": 1, "context": 1, "timeout": 600.0}
     rows = [
         {"router": "topk", "ranks": 1, "parallel": None, "tokens_per_second": 10.0, "peak_bytes": [5]},
-        {"router": "topk", "ranks": 2, "parallel": parallel, "tokens_per_second": 18.0, "peak_bytes": [5, 7]},
+        {
+            "router": "topk",
+            "ranks": 2,
+            "parallel": parallel | {"sharded": "optimizer"},
+            "tokens_per_second": 18.0,
+            "peak_bytes": [5, 7],
+        },
         {
             "router": "topk",
             "ranks": 2,
@@ -28,7 +34,13 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
     content = {"machine": {"command": command, "gpus": ["a card", "a card"], "date": "2026-11-29"}, "rows": rows}
     (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
     alone, two, stages = measured.measured_layouts(tmp_path)
-    assert (alone.what, two.what, stages.what) == ("topk on 1", "topk on 2, expert 2", "topk on 2, pipeline 2")
+    assert [row.what for row in (alone, two, stages)] == [
+        "topk on 1",
+        "topk on 2, expert 2, optimizer shared",
+        "topk on 2, pipeline 2",
+    ]
+    assert (two.parallel.sharded, stages.parallel.sharded) == ("optimizer", "parameters")
+    assert two.job.is_compiled
     assert (two.job.batch_size, two.job.micro_batch_size, two.job.sequence_length) == (4 * 3 * 2, 4, 512)
     assert (alone.job.batch_size, alone.parallel.shards) == (12, 1)
     assert two.job.model.moe.router_name == "topk"

@@ -70,14 +70,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "shards": {},
     "experts": {"expert": 2},
     "copies": {"data_replicate": 2},
     "heads": {"tensor": 2},
     "stages": {"pipeline": 2},
+    "optimizer": {"sharded": "optimizer"},
+    "optimizer and experts": {"sharded": "optimizer", "expert": 2},
 }
-WITH_FOUR = {
+WITH_FOUR: dict[str, dict[str, Any]] = {
     "copies with experts": {"data_replicate": 2, "expert": 2},
     "all experts": {"expert": 4},
     "heads with experts": {"tensor": 2, "expert": 4},
@@ -85,7 +87,7 @@ WITH_FOUR = {
 }
 
 
-def layouts() -> dict[str, dict[str, int]]:
+def layouts() -> dict[str, dict[str, Any]]:
     """Those that this number of processes can have, by name."""
     size = world_size()
     return {"one process": {}} if size == 1 else LAYOUTS if size == 2 else LAYOUTS | WITH_FOUR

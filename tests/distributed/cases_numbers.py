@@ -32,6 +32,8 @@ TWO = {
     "shards": {}, "copies": {"data_replicate": 2}, "kept": {"reshard": False}, "experts": {"expert": 2},
     "context": {"context": 2}, "tensor": {"tensor": 2}, "context with experts": {"context": 2, "expert": 2},
     "pipeline": {"pipeline": 2}, "experts in parts": {"expert": 2, "expert_rows": 0.5},
+    "optimizer": {"sharded": "optimizer"}, "optimizer and experts": {"sharded": "optimizer", "expert": 2},
+    "optimizer and context": {"sharded": "optimizer", "context": 2},
 }  # fmt: skip
 FOUR = {
     "shards": {},
@@ -44,6 +46,10 @@ FOUR = {
     "tensor": {"tensor": 2},
     "tensor with experts": {"tensor": 2, "expert": 4},
     "copies with context": {"data_replicate": 2, "context": 2},
+    "optimizer": {"sharded": "optimizer"},
+    "optimizer and copies": {"sharded": "optimizer", "data_replicate": 2},
+    "optimizer and experts": {"sharded": "optimizer", "expert": 2},
+    "optimizer, copies, experts": {"sharded": "optimizer", "data_replicate": 2, "expert": 2},
     "pipeline and shards": {"pipeline": 2},
     "pipeline and copies": {"pipeline": 2, "data_replicate": 2},
     "pipeline with experts": {"pipeline": 2, "expert": 2},
@@ -122,6 +128,7 @@ def put(stepper: Stepper, state: dict[str, Tensor]) -> None:
                 target.to_local().copy_(part.to_local())
             else:
                 target.copy_(state[name])
+    stepper.update_model()
 
 
 def whole(value: Tensor) -> Tensor:
@@ -136,8 +143,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def compare(found: Stepper, expected: Stepper, step: int) -> dict[str, Any]:
     """How far apart loss, gradients and the weights after the step are; the names of gradients that only one has."""
     values, reference = take_step(found, step), take_step(expected, step)
-    theirs = dict(expected.model.named_parameters())
-    pairs = [(name, ours, theirs[name]) for name, ours in found.model.named_parameters()]
+    pairs = [(name, ours, expected.weights[name]) for name, ours in found.weights.items()]
     lacking = [name for name, ours, theirs in pairs if (ours.grad is None) != (theirs.grad is None)]
     gradients = [
         (distance(ours.grad, theirs.grad), name)
@@ -174,9 +180,9 @@ def some_cases() -> list[Case]:
     found += [
         ("recurrent_relu", name, True)
         for name in layouts()
-        if name in ("shards", "experts", "experts in parts", "context", "tensor", "pipeline")
+        if name in ("shards", "experts", "experts in parts", "context", "tensor", "pipeline", "optimizer and experts")
     ]
-    return [*found, *(("topk", name, False) for name in ("shards", "experts", "pipeline"))]
+    return [*found, *(("topk", name, False) for name in ("shards", "experts", "pipeline", "optimizer"))]
 
 
 def some_steps() -> dict[str, Any]:
@@ -218,6 +224,8 @@ COMPILED = (
     ("relu", "experts"),
     ("relu", "tensor"),
     ("relu", "pipeline"),
+    ("relu", "optimizer"),
+    ("recurrent_relu", "optimizer and experts"),
 )
 
 
@@ -235,6 +243,20 @@ def compiled_steps() -> dict[str, Any]:
             }
     finally:
         torch.compile = original
+    return found
+
+
+def rounded() -> dict[str, Any]:
+    """One step in bf16 with whole weights at each rank, beside one process with the same micro-batches."""
+    settings = {"sparsity": {"loads": "micro_batch"}}
+    loop = {"precision": "bf16", "micro_batch_size": ROWS // 4}
+    expected = alone(config("relu", train=loop, **settings))
+    ours = together(config("relu", train=loop, parallel=layouts()["optimizer"], **settings))
+    found = {}
+    for stage, state in states("relu").items():
+        put(expected, state)
+        put(ours, state)
+        found[stage] = compare(ours, expected, STAGES[stage] + 1)
     return found
 
 
@@ -314,6 +336,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "all_steps": all_steps,
     "pipelined_steps": pipelined_steps,
     "compiled_steps": compiled_steps,
+    "rounded": rounded,
     "averaged": averaged,
     "runs": runs,
     "coefficients": coefficients,

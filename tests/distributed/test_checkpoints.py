@@ -31,8 +31,8 @@ def test_one_or_two_processes_read_what_one_or_two_wrote_in_any_layout(tmp_path:
     folder = tmp_path / "saved"
     folder.mkdir()
     run(folder, 1, "save")
-    check(run(folder, 2, "save", "load"), written=6, read=5)
-    check(run(folder, 1, "load"), written=6, read=1)
+    check(run(folder, 2, "save", "load"), written=8, read=7)
+    check(run(folder, 1, "load"), written=8, read=1)
 
 
 def test_a_full_disk_of_one_process_is_told_on_all_and_the_older_checkpoint_stays(tmp_path: Path):
@@ -49,6 +49,6 @@ def test_four_processes_read_what_two_wrote_and_the_other_way_round(tmp_path: Pa
     folder = tmp_path / "saved"
     folder.mkdir()
     run(folder, 2, "save")
-    check(run(folder, 4, "save", "load"), written=14, read=9)
-    check(run(folder, 2, "load"), written=14, read=5)
-    check(run(folder, 1, "load"), written=14, read=1)
+    check(run(folder, 4, "save", "load"), written=18, read=11)
+    check(run(folder, 2, "load"), written=18, read=7)
+    check(run(folder, 1, "load"), written=18, read=1)

@@ -37,6 +37,9 @@ def test_shards_are_what_copies_leave():
         (2, {"expert_rows": 0}, "parallel.expert_rows is 0.0, must be above 0; try 2"),
         (2, {"reduce": "fp8"}, "must be one of fp32, bf16"),
         (2, {"timeout": 0}, "above 0"),
+        (2, {"sharded": "all"}, "must be one of parameters, optimizer"),
+        (2, {"sharded": "optimizer", "tensor": 2}, "no rank holds the model whole; set it to parameters"),
+        (2, {"sharded": "optimizer", "pipeline": 2}, "no rank holds the model whole; set it to parameters"),
         (2, {"experts": 2}, "did you mean 'expert'"),
     ],
 )

@@ -12,7 +12,7 @@ from tests.distributed.test_same_numbers import check
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(("num_gpus", "num_layouts", "num_pipelines"), [(2, 8, 1), (4, 10, 5)])
+@pytest.mark.parametrize(("num_gpus", "num_layouts", "num_pipelines"), [(2, 11, 1), (4, 14, 5)])
 def test_loss_and_every_gradient_of_several_gpus_are_those_of_one(
     tmp_path: Path, num_gpus: int, num_layouts: int, num_pipelines: int
 ):

@@ -33,7 +33,7 @@ def job(model: ReMoEConfig = SMALL, **settings: object) -> Job:
     return Job(model=model, **values)  # pyright: ignore[reportArgumentType]
 
 
-def layout(num_gpus: int, **sizes: int) -> ParallelConfig:
+def layout(num_gpus: int, **sizes: int | str) -> ParallelConfig:
     return resolve_parallel(ParallelConfig(**sizes), num_gpus)  # pyright: ignore[reportArgumentType]
 
 
@@ -73,6 +73,16 @@ def test_gathered_at_once_are_the_root_and_the_two_largest_units():
     assert half == root + 2 * (768 + 768) + 2 * 768 + (2 + 4) * 768
     kept = gpu_memory(job(parallel=ParallelConfig(reshard=False)), dataclasses.replace(layout(2), reshard=False))
     assert kept.gathered == root + 2 * (2 * 1536 + 384 + 3 * 192) + (2 + 4) * 1536
+
+
+def test_ranks_that_share_the_optimizer_hold_the_rest_whole():
+    total, root = parameter_count(SMALL).total, Parts.of(SMALL).root
+    found = gpu_memory(job(), layout(4, sharded="optimizer"))
+    assert found.state == 12 * total // 4
+    assert found.gathered == 2 * (total - root) + 4 * root + 4 * total
+    experts = 2 * 1536
+    own = gpu_memory(job(), layout(4, sharded="optimizer", expert=2))
+    assert own.gathered == found.gathered - (2 + 4) * experts // 2
 
 
 def test_rows_on_their_way_stay_within_the_budget():
@@ -118,6 +128,15 @@ def test_parameters_are_gathered_twice_in_bf16_and_gradients_reduced_in_fp32():
     assert traffic(job(parallel=halved), halved).gathers == 3 / 4 * (4 * units + 8 * parts.root)
     shared = traffic(job(), layout(4, expert=4)).gathers  # each expert has one rank: nothing of it is gathered
     assert shared == 3 / 4 * (8 * (384 + 3 * 192) + 8 * parts.root)
+
+
+def test_ranks_that_share_the_optimizer_gather_and_reduce_once_a_step():
+    parts, units = Parts.of(SMALL), 2 * 1536 + 384 + 3 * 192
+    whole = layout(4, sharded="optimizer")
+    in_step = 3 / 4 * ((2 + 4) * units + 8 * parts.root)
+    assert traffic(job(), whole).gathers == pytest.approx(in_step / job().num_micro_batches(whole))
+    seconds = step_time(job(), whole, machine())
+    assert seconds.gathers == pytest.approx(in_step / machine()["host_link"]), "nothing hides it"
 
 
 def test_copies_sum_their_shards():

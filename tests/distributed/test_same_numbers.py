@@ -15,7 +15,7 @@ ROUNDING = 4
 
 @pytest.fixture
 def results(results_of: Callable[..., Any]) -> dict[str, Any]:
-    return results_of(2, "some_steps", "averaged", "runs", "coefficients", "poisoned", "void")
+    return results_of(2, "some_steps", "rounded", "averaged", "runs", "coefficients", "poisoned", "void")
 
 
 def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
@@ -33,7 +33,16 @@ def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
 
 
 def test_loss_and_every_gradient_of_two_processes_are_those_of_one_in_all_three_stages(results: dict[str, Any]):
-    check(results["some_steps"], num_cases=9 + 6 + 3)
+    check(results["some_steps"], num_cases=12 + 7 + 4)
+
+
+def test_in_bf16_gradients_are_those_of_one_process_with_the_same_micro_batches(results: dict[str, Any]):
+    for found in results["rounded"]:
+        assert found.keys() == STAGES.keys()
+        for case, step in found.items():
+            assert step["lacking"] == [], case
+            assert step["gradient"][0] < TOLERANCE, (case, step["gradient"][1])
+            assert step["loss"] < TOLERANCE, case
 
 
 def test_the_states_are_from_all_three_stages(results: dict[str, Any]):
@@ -74,7 +83,7 @@ def test_a_step_that_is_void_for_want_of_rows_on_one_rank_leaves_no_trace_on_any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 8), (4, 10)])
+@pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 11), (4, 14)])
 def test_every_router_in_every_layout_has_the_numbers_of_one_process(
     results_of: Callable[..., Any], num_processes: int, num_layouts: int
 ):

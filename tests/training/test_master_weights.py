@@ -33,6 +33,9 @@ class WithoutMasters:
     def zero_sums(self) -> None:
         pass
 
+    def complete_gradients(self) -> None:
+        pass
+
 
 def stepper_of(config, model, **train_changes) -> Stepper:
     built = config(train=BF16["train"] | train_changes, model={"vocab_size": 256} | model)

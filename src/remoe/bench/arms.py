@@ -17,6 +17,7 @@ from remoe.model import ReMoEForCausalLM
 from remoe.training.ahead import RunAhead, row_policy
 from remoe.training.capacity import WINDOW
 from remoe.training.config import TrainConfig
+from remoe.training.master_weights import MasterWeights
 from remoe.training.step import Stepper
 
 
@@ -64,7 +65,7 @@ class OurArm:
     def in_fp32(self) -> AbstractContextManager[None]:
         """Let the model hold its fp32 weights inside, where its matrices are in bf16 otherwise."""
         masters = self.stepper.masters
-        return nullcontext() if masters is None else masters.in_fp32()
+        return masters.in_fp32() if isinstance(masters, MasterWeights) else nullcontext()
 
     @torch.no_grad()
     def _counts(self, batch: Batch) -> list[int]:
@@ -94,7 +95,7 @@ def twin_stepper(config: TrainConfig, twin: ReMoEForCausalLM, first: Stepper) ->
         first.optimizer.add_param_group(group)
     first.optimizer.state.update(stepper.optimizer.state)
     stepper.optimizer = first.optimizer
-    if first.masters is not None:
+    if isinstance(first.masters, MasterWeights):
         stepper.masters, stepper.weights = first.masters, first.masters.named_parameters(twin)
         first.masters.join(twin)
     return stepper

@@ -29,6 +29,11 @@ class ParallelConfig:
     expert_rows: float = setting(
         2.0, "most rows at a rank's experts, over its tokens times their top_k; above it tokens go in parts, twice"
     )
+    sharded: str = setting(
+        "parameters",
+        "what the ranks of one copy share: parameters, gathered layer by layer (FSDP2), or only the optimizer's fp32 "
+        "weights and state; then each holds weights and gradients whole, and exchanges both once a step (ZeRO-1)",
+    )
     reshard: bool = setting(True, "let go of gathered parameters after the forward pass, and gather them again")
     reduce: str = setting("fp32", "what gradients are summed over ranks in: fp32 or bf16")
     timeout: float = setting(600.0, "seconds after which a rank that others wait for ends the run")
@@ -41,6 +46,12 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.data_shard is {self.data_shard!r}, must be auto or a number of ranks")
             check_range("parallel.data_shard", self.data_shard, 1)
         check_choice("parallel.reduce", self.reduce, ("fp32", "bf16"))
+        check_choice("parallel.sharded", self.sharded, ("parameters", "optimizer"))
+        if self.sharded == "optimizer" and (self.tensor > 1 or self.pipeline > 1):
+            raise ConfigError(
+                f"parallel.sharded is 'optimizer', but parallel.tensor is {self.tensor} and parallel.pipeline is "
+                f"{self.pipeline}, must both be 1: with them no rank holds the model whole; set it to parameters"
+            )
         if self.expert_rows <= 0:
             raise ConfigError(f"parallel.expert_rows is {self.expert_rows}, must be above 0; try 2")
         if self.timeout <= 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from remoe.distributed.config import ParallelConfig
 from remoe.distributed.gradients import clip_shared_gradients
 from remoe.distributed.mesh import Meshes
+from remoe.distributed.optimizer_shards import share_optimizer
 from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
 from remoe.distributed.sums import total_over
@@ -32,6 +33,7 @@ class DataRanks(Ranks):
         self.same_rows = self.sequence_size
         self.size = self.data_size * self.sequence_size
         self.data_index, self.sequence_index = divmod(self.index % self.size, self.sequence_size)
+        self.passes_alone = parallel.sharded == "optimizer" and parallel.expert == self.sequence_size == 1
 
     def aside(self) -> "DataRanks":
         other = copy(self)
@@ -41,7 +43,11 @@ class DataRanks(Ranks):
         return other
 
     def place(self, model: nn.Module, device: torch.device, param_dtype: torch.dtype | None) -> None:
-        shard_model(model, self.meshes, self.parallel, param_dtype)
+        if self.parallel.sharded == "optimizer":
+            model.to(device)
+            self.shares = share_optimizer(model, self.meshes, self.parallel)
+        else:
+            shard_model(model, self.meshes, self.parallel, param_dtype)
 
     def columns(self, length: int) -> slice:
         return own_columns(length, self.sequence_index, self.sequence_size)

@@ -9,8 +9,9 @@ batch.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from remoe.distributed.collectives import all_gather
 from remoe.kernels.rows import combine_rows, dispatch_rows
 from remoe.moe import MoE, Routing
 from remoe.moe.dispatch import plan
 from remoe.moe.experts import compute_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Splits(NamedTuple):
@@ -46,6 +50,11 @@ class Announced(NamedTuple):
     """Whether the rows of some rank are above the budget; the same on all."""
 
 
+def _uncompiled(function: Function) -> Function:
+    """The same function, at whose calls graphs end."""
+    return cast(Function, torch.compiler.disable(function))
+
+
 class ExpertExchange:
     """Runs a layer's experts over the tokens of all ranks of the group that own parts of them.
 
@@ -60,6 +69,10 @@ class ExpertExchange:
 
     def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """The sum of each token's experts, weighted by its gates, wherever they are [T, H]."""
+        return self._waiting(experts, hidden_TH, routing)
+
+    @_uncompiled
+    def _waiting(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> Tensor:
         inputs = (hidden_TH, routing.routing_map_TE, routing.weights_TE)
         announced = self._announce(routing.routing_map_TE)
         if not announced.is_too_much:
@@ -105,7 +118,7 @@ class ExpertExchange:
         tokens_R = torch.full_like(rows_R, len(map_TE))
         sent_3R = torch.stack((rows_R, pairs_R, tokens_R))
         everyone = sent_3R.new_empty(3 * self.num_ranks, self.num_ranks)
-        dist.all_gather_into_tensor(everyone, sent_3R, group=self.group)
+        all_gather(everyone, sent_3R, group=self.group)
         rows_RR, pairs_RR, tokens_RR = everyone.unflatten(0, (-1, 3)).unbind(1)  # from each rank to each
         most_R = torch.maximum(rows_RR.sum(0), rows_RR.sum(1))
         sent, received, pairs, most, tokens = torch.stack(

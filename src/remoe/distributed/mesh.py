@@ -21,6 +21,8 @@ class Meshes(NamedTuple):
     """[expert]: ranks that share the experts of a layer; None: every rank has all."""
     expert_data: DeviceMesh | None
     """[replicate, outer] or [outer]: ranks with the same experts."""
+    every_expert: DeviceMesh | None
+    """[replicate, outer, expert] or [outer, expert]: both of them."""
     sequence: DeviceMesh | None
     """[sequence]: ranks that share the tokens of a sequence; None: nobody does."""
     heads_data: DeviceMesh | None
@@ -33,16 +35,17 @@ class Meshes(NamedTuple):
         """Arrange the processes of a resolved section. All of them must call this."""
         copies, ranks = parallel.data_replicate, parallel.shared_by
         data = _outer_of(_arrange(parallel, device, ranks, 1, "alone"), copies)
-        expert, expert_data, sequence, heads_data, stages = None, None, None, None, None
+        expert, expert_data, every_expert, sequence, heads_data, stages = None, None, None, None, None, None
         if parallel.expert > 1:
             whole = _arrange(parallel, device, ranks // parallel.expert, parallel.expert, "expert")
-            expert, expert_data = whole["expert"], _outer_of(whole, copies)
+            expert, expert_data, every_expert = whole["expert"], _outer_of(whole, copies), _inner_of(whole, copies)
         if parallel.sequence_ranks > 1:
             whole = _arrange(parallel, device, parallel.shards, parallel.sequence_ranks, "sequence")
             sequence, heads_data = whole["sequence"], _outer_of(whole, copies)
         if parallel.pipeline > 1:
             stages = _mesh(parallel, device, stage=parallel.pipeline, within=copies * ranks)
-        return cls(data, expert, expert_data, sequence, heads_data if parallel.tensor > 1 else None, stages)
+        heads_data = heads_data if parallel.tensor > 1 else None
+        return cls(data, expert, expert_data, every_expert, sequence, heads_data, stages)
 
 
 def _arrange(parallel: ParallelConfig, device: torch.device, outer: int, inner: int, name: str) -> DeviceMesh:
@@ -59,3 +62,7 @@ def _mesh(parallel: ParallelConfig, device: torch.device, **sizes: int) -> Devic
 
 def _outer_of(mesh: DeviceMesh, copies: int) -> DeviceMesh:
     return mesh["replicate", "outer"] if copies > 1 else mesh["outer"]
+
+
+def _inner_of(mesh: DeviceMesh, copies: int) -> DeviceMesh:
+    return mesh["replicate", "outer", "expert"] if copies > 1 else mesh["outer", "expert"]

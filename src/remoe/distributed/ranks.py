@@ -9,6 +9,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from remoe.distributed.optimizer_shards import Share
     from remoe.distributed.pipeline import Pipeline
 
 Result = TypeVar("Result")
@@ -26,6 +27,10 @@ class Ranks:
     sequence_size = 1
     same_rows = 1
     """Ranks with the same rows of a batch: those that share its sequences, in each stage of a pipeline."""
+    passes_alone = True
+    """Whether a forward and backward pass exchanges nothing with other ranks but counts."""
+    shares: "Mapping[nn.Parameter, Share] | None" = None
+    """How the fp32 weights of a placed model's parameters are shared by ranks that hold it whole; None: they do not."""
     pipeline: "Pipeline | None" = None
     """This rank's place among the stages that share the layers; None: it has all layers."""
     group: "dist.ProcessGroup | None" = None

@@ -6,7 +6,7 @@ small (embedding, norms, routers, the shared cell, the head) is in the root, in 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -39,9 +39,8 @@ def shard_model(
     units = Units(parallel, param_dtype)
     inner: list[FSDPModule] = []
     decoder: Any = model.model
-    decoder.sequence = _sequence(meshes, parallel)
+    share_sequences(decoder, meshes, parallel)
     for layer in decoder.present_layers():
-        layer.self_attn.sequence = decoder.sequence
         inner += [
             units.add(*_attention(layer.self_attn, meshes)),
             units.add(*_mlp(layer.mlp, meshes, parallel.expert_rows)),
@@ -67,11 +66,22 @@ class Units:
         )
         reshard = None if self.parallel.reshard else False
         unit = fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=shard_dim_on(mesh)
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=shard_dim_on(mesh.size(-1)),
         )
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other, and by 1 nothing is divided twice
         return unit
+
+
+def share_sequences(decoder: Any, meshes: Meshes, parallel: ParallelConfig) -> None:
+    """Tell a decoder and its attention which ranks they share each sequence with."""
+    decoder.sequence = _sequence(meshes, parallel)
+    for layer in decoder.present_layers():
+        layer.self_attn.sequence = decoder.sequence
 
 
 def _sequence(meshes: Meshes, parallel: ParallelConfig) -> WholeSequence:
@@ -97,16 +107,16 @@ def _mlp(mlp: nn.Module, meshes: Meshes, expert_rows: float) -> tuple[nn.Module,
     return mlp.experts, meshes.expert_data
 
 
-def shard_dim_on(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+def shard_dim_on(ranks: int, taken: Collection[int] = ()) -> Callable[[nn.Parameter], Shard]:
     """Where a parameter is cut: the first dimension, or a later one that suits the number of ranks better.
 
-    Experts are cut within if their number is no multiple of it. A dimension that is cut already is left alone.
+    Experts are cut within if their number is no multiple of it. Dimensions that are cut already are left alone: a
+    DTensor's own, or those that are `taken`.
     """
-    ranks = mesh.size(-1)
 
     def dim(parameter: nn.Parameter) -> Shard:
-        taken = [place.dim for place in parameter.placements] if isinstance(parameter, DTensor) else []  # pyright: ignore
-        free = [dim for dim in range(parameter.ndim) if dim not in taken]
+        own = [place.dim for place in parameter.placements] if isinstance(parameter, DTensor) else []  # pyright: ignore
+        free = [dim for dim in range(parameter.ndim) if dim not in own and dim not in taken]
         even = [dim for dim in free if parameter.shape[dim] % ranks == 0]
         if 0 in free and (parameter.ndim < 3 or 0 in even or not even):
             return Shard(0)  # torch can cut only the first dimension unevenly

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a step: one graph in one process; with several, the parts that exchange nothing.
+"""What torch.compile makes of a step: one graph where a pass exchanges nothing; elsewhere the parts that do not.
 
 FSDP gathers a unit's parameters around its forward pass, and an exchange waits for counts: graphs end there. Layers
 share graphs, as their parameters are inputs.
@@ -25,21 +25,28 @@ def compiled(loss: MicroBatchLoss) -> Callable[[Batch, Weighing], Measured]:
     return _compiled(loss.__call__)
 
 
-def compile_parts(model: Any) -> None:
-    """Let attention, routers and dense MLPs run as a graph each, in place; after FSDP has taken them."""
+def compile_parts(model: Any, *, has_whole_layers: bool) -> None:
+    """Let attention, routers and dense MLPs run as a graph each, in place; after FSDP has taken them.
+
+    `has_whole_layers`: FSDP has not. Layers then run as graphs that end only where ranks exchange tokens.
+    """
     for layer in model.model.present_layers():
-        if getattr(layer.self_attn, "sequence", WHOLE) is WHOLE:
+        is_alone = getattr(layer.self_attn, "sequence", WHOLE) is WHOLE
+        if has_whole_layers and is_alone:
+            _compile_forward(layer, fullgraph=False)
+            continue
+        if is_alone:
             _compile_forward(layer.self_attn)
         _compile_forward(layer.mlp.router if isinstance(layer.mlp, MoE) else layer.mlp)
 
 
-def _compile_forward(module: nn.Module) -> None:
+def _compile_forward(module: nn.Module, *, fullgraph: bool = True) -> None:
     """Only the function: hooks around it stay as they are."""
-    module.forward = _compiled(module.forward)
+    module.forward = _compiled(module.forward, fullgraph=fullgraph)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
     # fp32 products are few (routers), and their precision is meant
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32 matrix multiplication available")
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=fullgraph, dynamic=False)

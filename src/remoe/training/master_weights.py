@@ -6,7 +6,7 @@ remoe::expert_mlp, the others by a hook. Same numbers, less work; on the Triton 
 rounded to bf16 before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,7 @@ class MasterWeights:
             matrix.data = matrix.data.to(torch.bfloat16)
         self._sums = {
             matrix: torch.zeros_like(self._masters[matrix])
-            for experts in self._adding_experts(model)
+            for experts in adding_experts(model, self._masters)
             for matrix in (experts.gate_up_proj, experts.down_proj)
         }
         for matrix in self._masters.keys() - self._sums.keys():
@@ -37,8 +37,11 @@ class MasterWeights:
 
     def join(self, model: nn.Module) -> None:
         """Let the experts of a model, this one or one that shares its parameters, add to the masters' gradients."""
-        for experts in self._adding_experts(model):
+        for experts in adding_experts(model, self._masters):
             experts.gradient_sums = self._sums[experts.gate_up_proj], self._sums[experts.down_proj]
+
+    def complete_gradients(self) -> None:
+        """Nothing: gradients come to their masters by themselves."""
 
     def zero_sums(self) -> None:
         """Give masters whose gradient the optimizer has dropped their sum back, at 0; others it has zeroed in place."""
@@ -78,13 +81,14 @@ class MasterWeights:
         else:
             master.grad += gradient
 
-    def _adding_experts(self, model: nn.Module) -> Iterator[GroupedExperts]:
-        """Those whose matrices both have masters, and get their gradients from remoe::expert_mlp."""
-        for module in model.modules():
-            if not isinstance(module, GroupedExperts) or isinstance(module, MergedExperts):
-                continue
-            if module.gate_up_proj in self._masters and module.down_proj in self._masters:
-                yield module
+
+def adding_experts(model: nn.Module, masters: Collection[nn.Parameter]) -> Iterator[GroupedExperts]:
+    """Those whose matrices both have masters, and get their gradients from remoe::expert_mlp."""
+    for module in model.modules():
+        if not isinstance(module, GroupedExperts) or isinstance(module, MergedExperts):
+            continue
+        if module.gate_up_proj in masters and module.down_proj in masters:
+            yield module
 
 
 def multiplied_in_compute_dtype(model: nn.Module) -> Iterator[nn.Parameter]:

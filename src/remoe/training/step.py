@@ -29,6 +29,7 @@ from remoe.training.objective import Objective
 from remoe.training.optimizer import build_optimizer, optimizer_step, optimizer_tensors
 from remoe.training.router_hooks import Observed
 from remoe.training.schedule import has_decayed, learning_rate
+from remoe.training.shared_masters import SharedMasterWeights
 
 if TYPE_CHECKING:
     from remoe.distributed.pipeline import Pipeline
@@ -65,8 +66,7 @@ class Stepper:
         all_routers: list[Any] = [layer.router for layer in moe_layers(self.model)]
         penalty = all_routers[0].penalty if all_routers else "none"
         self.ranks.place(self.model, self.device, torch.bfloat16 if loop.precision == "bf16" else None)
-        is_rounded = loop.precision == "bf16" and self.ranks.size == 1  # FSDP rounds as it gathers
-        self.masters = MasterWeights(self.model) if is_rounded else None
+        self.masters = master_weights(self.model, self.ranks, loop.precision)
         self.weights = (
             self.masters.named_parameters(self.model) if self.masters else dict(self.model.named_parameters())
         )
@@ -82,9 +82,9 @@ class Stepper:
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
         loss = self._build_loss()
-        self.loss = compiled(loss) if loop.compile and self.ranks.size == 1 else loss
-        if loop.compile and self.ranks.size > 1:
-            compile_parts(self.model)
+        self.loss = compiled(loss) if loop.compile and self.ranks.passes_alone else loss
+        if loop.compile and not self.ranks.passes_alone:
+            compile_parts(self.model, has_whole_layers=self.ranks.shares is not None)
         self.pipelined = self._pipelined(loss, pipeline) if pipeline else None
         if loop.cuda_graphs:
             check_capturable(self.device, self.layers)
@@ -110,6 +110,8 @@ class Stepper:
         num_tokens = self.micro_batch * self.config.data.sequence_length // self.ranks.sequence_size
         with row_capacities(self.layers, self.row_capacities, num_tokens):
             measured = self._forward_backward(batch, coef)
+        if self.masters is not None:
+            self.masters.complete_gradients()
         self.ranks.complete_gradients()
         values, observed = self.ranks.total(measured.values), self.ranks.total_of_layers(measured.observed)
         grad_norm = self.ranks.clip_gradients(self.weights.values(), self.config.optimizer.clip)
@@ -230,6 +232,13 @@ class Stepper:
         if self.loads_LE is not None:
             progress |= {"sparsity.loads": self.loads_LE, "sparsity.has_loads": self.has_loads}
         return model | optimizer | progress
+
+
+def master_weights(model: nn.Module, ranks: Ranks, precision: str) -> MasterWeights | SharedMasterWeights | None:
+    """fp32 weights beside a placed model, where it does not hold them itself."""
+    if ranks.shares is not None:
+        return SharedMasterWeights(model, ranks.shares, is_rounded=precision == "bf16")
+    return MasterWeights(model) if precision == "bf16" and ranks.size == 1 else None  # FSDP rounds as it gathers
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

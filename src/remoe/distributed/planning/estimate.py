@@ -55,11 +55,14 @@ def estimates(job: Job, num_gpus: int, gpus: Machine) -> list[Estimate]:
 
 
 def layouts(job: Job, num_gpus: int) -> Iterator[ParallelConfig]:
-    """The sizes that model and batch allow: stages, copies, tensor or context, experts; the rest is sharded."""
+    """The sizes that model and batch allow: stages, copies, tensor or context, experts; the rest is sharded, all
+    parameters or only the optimizer.
+    """
     sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
     sequences = [("tensor", 1), *((key, size) for key in ("tensor", "context") for size in SEQUENCE_RANKS[1:])]
     stages = [size for size in sizes if size <= job.model.num_layers]
-    for pipeline, copies, (key, ranks), expert in product(stages, sizes, sequences, sizes):
+    kinds = ("parameters", "optimizer") if num_gpus > 1 else ("parameters",)
+    for pipeline, copies, (key, ranks), expert, sharded in product(stages, sizes, sequences, sizes, kinds):
         named = {"pipeline": pipeline, "data_replicate": copies, "expert": expert, key: ranks}
-        if (parallel := job.layout(num_gpus, **named)) is not None:
+        if (parallel := job.layout(num_gpus, sharded, **named)) is not None:
             yield parallel

@@ -29,7 +29,7 @@ class Job:
     is_compiled: bool = False
     """Steps are launched as a whole (train.compile, train.cuda_graphs): the host does not hold the device up."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Sizes that are planned are replaced; `reshard` and `reduce` hold for all layouts."""
+    """Sizes that are planned are replaced, and `sharded`; `reshard` and `reduce` hold for all layouts."""
     has_embedding: bool = True
     has_head: bool = True
     """False for stages that leave final norm and output head to the last one."""
@@ -97,11 +97,12 @@ class Job:
             activation_checkpointing=self.activation_checkpointing,
         )
 
-    def layout(self, num_gpus: int, **sizes: int) -> ParallelConfig | None:
+    def layout(self, num_gpus: int, sharded: str = "parameters", **sizes: int) -> ParallelConfig | None:
         """The layout with these sizes, 1 where none is given; None where model or batch cannot be shared so."""
         try:
             sizes = dict.fromkeys(SIZES, 1) | sizes
-            parallel = resolve_parallel(replace(self.parallel, data_shard="auto", **sizes), num_gpus)
+            wanted = replace(self.parallel, data_shard="auto", sharded=sharded, **sizes)
+            parallel = resolve_parallel(wanted, num_gpus)
             check_model(parallel, self.model, self.sequence_length)
             self.micro_batch(parallel)
         except ConfigError:

@@ -9,6 +9,7 @@ from remoe.distributed.planning.traffic import handed_bytes
 
 STATE_BYTES = 16
 """A parameter in fp32, its gradient, and AdamW's two moments."""
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class GpuMemory:
 
     state: int
     gathered: int
-    """Parameters and gradients of FSDP units that are whole at the same time, with the buffers of their exchange."""
+    """Parameters and gradients of FSDP units that are whole at the same time, with the buffers of their exchange; or of
+    all parameters, where ranks share the optimizer only."""
     received: int
     """A stage's buffers for what the others send it, one for each micro-batch of a step and direction."""
     activations: int
@@ -45,6 +47,8 @@ def _stage_memory(stage: Stage, parallel: ParallelConfig, whole: Job) -> GpuMemo
     kept = job.memory(job.workload(parallel), under_way)
     if parallel.data_replicate * parallel.shared_by * parallel.pipeline == 1:
         state, gathered = STATE_BYTES * job.parts.total, kept.compute_copies
+    elif parallel.sharded == "optimizer":
+        state, gathered = _state_of_optimizer(job, parallel), _held(job, parallel)
     else:
         state, gathered = STATE_BYTES * job.parts.total // parallel.shared_by, _gathered(job, parallel)
     sent, sent_at_start = (_exchanged(job, parallel, active) for active in job.active_experts)
@@ -60,6 +64,17 @@ def _stage_memory(stage: Stage, parallel: ParallelConfig, whole: Job) -> GpuMemo
         total=fixed + activations,
         total_at_start=fixed + at_start,
     )
+
+
+def _state_of_optimizer(job: Job, parallel: ParallelConfig) -> int:
+    """A part of the fp32 weights and moments; gradients are whole, and their sums come when activations are gone."""
+    return (STATE_BYTES - GRADIENT_BYTES) * job.parts.total // parallel.shared_by
+
+
+def _held(job: Job, parallel: ParallelConfig) -> int:
+    """Weights as products take them, those of the root in fp32, and gradients in fp32."""
+    root, layers = job.parts.root, sum(_units(job, parallel))
+    return 4 * root + job.compute_bytes * layers + GRADIENT_BYTES * (root + layers)
 
 
 def _gathered(job: Job, parallel: ParallelConfig) -> int:

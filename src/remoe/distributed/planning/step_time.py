@@ -1,7 +1,7 @@
 """Seconds of an optimizer step: products and traffic at the machine's rates, and what of the exchanges is not hidden.
 
-Gathers and reductions run beside the computation, so only what is longer than it counts; exchanges around experts and
-attention, and those between stages, are waited for.
+Gathers and reductions of FSDP run beside the computation, so only what is longer than it counts; exchanges around
+experts and attention, those between stages, and those of an optimizer that alone is shared are waited for.
 """
 
 from dataclasses import dataclass
@@ -161,13 +161,17 @@ def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: M
 def _gather_seconds(
     sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine, compute: float
 ) -> tuple[float, float]:  # fmt: skip
-    """What the computation does not hide, and in a pipeline the reduction after the last backward pass."""
+    """What the computation does not hide, and what comes after the last backward pass: in a pipeline the reduction,
+    of an optimizer that alone is shared all.
+    """
     units, ranks = unit_traffic(job, parallel), parallel.shared_by
     gathered, reduced = (
         gpus.gather_seconds(experts, ranks // parallel.expert, parallel.expert) + gpus.gather_seconds(others, ranks)
         for experts, others in zip(units["experts"], units["others"], strict=True)
     )
     reduced += gpus.gather_seconds(sent.replicas, parallel.data_replicate, ranks)
+    if parallel.sharded == "optimizer":
+        return 0.0, gathered + reduced
     if parallel.pipeline > 1:
         return max(0.0, gathered - compute), reduced
     return max(0.0, gathered + reduced - compute), 0.0

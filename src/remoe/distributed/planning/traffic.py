@@ -18,7 +18,7 @@ class Traffic:
     all_to_all: float
     """Rows to the ranks of their experts and back (`parallel.expert`)."""
     gathers: float
-    """Parameters gathered and gradients reduced among the ranks of one copy (FSDP2)."""
+    """Parameters gathered and gradients reduced among the ranks of one copy."""
     replicas: float
     """Gradients summed over copies (HSDP)."""
     sequence: float
@@ -79,8 +79,11 @@ def _gathers(job: Job, parallel: ParallelConfig) -> float:
     """How often a layer's parameters are gathered in a micro-batch, on average.
 
     A pipeline keeps them after each backward pass, until the next forward pass lets go of them: a gather for each
-    backward pass but one, and for the forward passes before the first of them.
+    backward pass but one, and for the forward passes before the first of them. Ranks that share the optimizer only
+    gather all once a step.
     """
+    if parallel.sharded == "optimizer":
+        return _reductions(job, parallel)
     if parallel.pipeline == 1:
         return 2 if parallel.reshard else 1
     in_step = job.num_micro_batches(parallel) + 1 if parallel.reshard else 1
@@ -88,8 +91,9 @@ def _gathers(job: Job, parallel: ParallelConfig) -> float:
 
 
 def _reductions(job: Job, parallel: ParallelConfig) -> float:
-    """How often gradients are reduced in a micro-batch: in a pipeline once a step, at its end."""
-    return 1 if parallel.pipeline == 1 else 1 / job.num_micro_batches(parallel)
+    """How often gradients are reduced in a micro-batch: in a pipeline, or where ranks hold them whole, once a step."""
+    is_once = parallel.pipeline > 1 or parallel.sharded == "optimizer"
+    return 1 / job.num_micro_batches(parallel) if is_once else 1
 
 
 def _passed_on(ranks: int) -> float:
