@@ -58,8 +58,8 @@ def measured_models(folder: Path) -> list[MeasuredStep]:
 
 
 def measured_layouts(folder: Path) -> list[MeasuredStep]:
-    """Steps on several GPUs, and on one beside them: scale_out*.json, written by benchmarks/scale_out.py."""
-    return [row for path in sorted(folder.rglob("scale_out*.json")) for row in _layouts_in(path)]
+    """Steps on several GPUs, and on one beside them: gpu/scale_out*.json, written by benchmarks/scale_out.py."""
+    return [row for path in sorted(folder.glob("gpu/scale_out*.json")) for row in _layouts_in(path)]
 
 
 def _layouts_in(path: Path) -> Iterator[MeasuredStep]:

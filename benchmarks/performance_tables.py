@@ -1,8 +1,8 @@
 """Rebuild the tables and the chart of docs/performance.md from the files under results/: no number is typed by hand.
 
 A table stands between `<!-- KIND FILE -->` and `<!-- end -->`; KIND is one of those in TABLES, FILE is what a benchmark
-wrote, or several of them joined by +: rows of the later ones replace those of the same layer shape. Without the file the table says
-so. Example:
+wrote, or several of them joined by +: rows of the later ones replace those of the same layer shape. Without the file
+the table says so. Example:
 
     python benchmarks/performance_tables.py          # rewrites the page and draws the chart
     python benchmarks/performance_tables.py --check  # exits with 1 if that would change the page
@@ -245,7 +245,7 @@ def _ratio_rows(row: Row) -> list[list[str]]:
 def layouts(results: dict[str, Any]) -> str:
     """Training on several GPUs, beside as many times one of them."""
     alone = {row["router"]: row["tokens_per_second"] for row in results["rows"] if row["ranks"] == 1}
-    header = ("router", "GPUs", "experts shared by", "shared", "tokens/s", "of GPUs × one", "active experts", "peak GiB")
+    header = ("router", "GPUs", "expert", "sharded", "tokens/s", "of GPUs × one", "active experts", "peak GiB")
     return _markdown(header, [_layout_row(row, alone.get(row["router"])) for row in results["rows"]])
 
 

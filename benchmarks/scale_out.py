@@ -13,12 +13,13 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from remoe.bench import machine, steady
 from remoe.bench.arms import OurArm, collect_garbage
@@ -28,6 +29,7 @@ from remoe.bench.model import with_sizes
 from remoe.bench.profile import kernels_of
 from remoe.data import Batch
 from remoe.distributed import launch
+from remoe.distributed.collectives import all_gather, reduce_scatter
 from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import is_first, world_size
@@ -41,6 +43,7 @@ START = "start: a fresh model, half of whose gates are open with ReLU routing: i
 WARM_UP = 2
 KERNELS = 24
 """Of a profile."""
+LINK_BYTES, LINK_CALLS = 1 << 28, 10
 
 
 def main() -> None:
@@ -62,17 +65,35 @@ def main() -> None:
     device = launch.local_device(pick_device("auto"))
     rows = []
     with launch.process_group(device, 600):
+        about = machine.describe() | {"links_gb_per_second": link_rates(device) if world_size() > 1 else {}}
         for row in measure_all(options, device):
             rows.append(row)
             if is_first():
                 print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
-                write(rows, options.output)
+            if is_first() and options.output is not None:  # anew with each row: what is measured stays
+                options.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
 
-def write(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
-    """Anew with each row: what is measured stays, whatever stops the others."""
-    if output is not None:
-        output.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1) + "\n")
+def link_rates(device: torch.device) -> dict[str, float]:
+    """What leaves each rank in a second, in GB, in collectives over so many bytes of all ranks together."""
+    ranks = world_size()
+    whole = torch.zeros(LINK_BYTES // ranks * ranks, dtype=torch.int8, device=device)
+    own = torch.zeros(len(whole) // ranks, dtype=torch.int8, device=device)
+    calls = {
+        "all_gather": lambda: all_gather(whole, own),
+        "reduce_scatter": lambda: reduce_scatter(own, whole),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+    }
+    rates = {}
+    for name, call in calls.items():
+        call()
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(LINK_CALLS):
+            call()
+        synchronize(device)
+        rates[name] = LINK_CALLS * (len(whole) - len(own)) / (time.perf_counter() - start) / 1e9
+    return rates
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,8 @@ def test_a_measured_layout_is_read_with_its_sizes_and_overrides(tmp_path: Path):
         },
     ]
     content = {"machine": {"command": command, "gpus": ["a card", "a card"], "date": "2026-11-29"}, "rows": rows}
-    (tmp_path / "scale_out_469m.json").write_text(json.dumps(content))
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "scale_out_469m.json").write_text(json.dumps(content))
     alone, two, stages = measured.measured_layouts(tmp_path)
     assert [row.what for row in (alone, two, stages)] == [
         "topk on 1",

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from remoe.distributed import expert_parallel
 from remoe.distributed.expert_parallel import share_experts
 from remoe.moe import MoE, MoEConfig, RouterContext, Routing
+from remoe.moe.layer import Capacity
 
 EXPERTS, HIDDEN = 4, 8
 OPEN = {
@@ -63,7 +64,9 @@ def run(moe: MoE, hidden_BSH: Tensor, grad_BSH: Tensor) -> dict[str, Tensor]:
     return {"out": out_BSH[0], "hidden": hidden_BSH.grad[0], "gates": moe.router.gates_TE.grad} | gradients
 
 
-def compare(open_TE: list[list[int]], own: slice, rows_per_token: float = math.inf) -> dict[str, Any]:
+def compare(
+    open_TE: list[list[int]], own: slice, rows_per_token: float = math.inf, capacity: Capacity | None = None
+) -> dict[str, Any]:
     """Largest differences between the shared layer and the one with all tokens; whether a second run has its bits."""
     torch.manual_seed(6)
     map_TE, gates_TE = torch.tensor(open_TE).bool(), torch.rand(len(open_TE), EXPERTS)
@@ -75,6 +78,7 @@ def compare(open_TE: list[list[int]], own: slice, rows_per_token: float = math.i
     def shared() -> dict[str, Tensor]:
         moe = layer(map_TE[own], gates_TE[own])
         share_experts(moe, mesh, rows_per_token)
+        moe.exchange.capacity = capacity  # pyright: ignore[reportOptionalMemberAccess]
         return run(moe, hidden_TH[None, own], grad_TH[None, own])
 
     found, again = shared(), shared()
@@ -93,6 +97,41 @@ def exchange() -> dict[str, Any]:
     """Each routing map of OPEN."""
     own = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
     return {name: compare(open_TE, own) for name, open_TE in OPEN.items()}
+
+
+def with_capacity() -> dict[str, Any]:
+    """The same with room for just as many rows and pairs as there are, and for more."""
+    own, found = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3), {}
+    for name, open_TE in OPEN.items():
+        needs = needed(open_TE)
+        found[f"{name}, just enough"] = compare(open_TE, own, capacity=needs)
+        found[f"{name}, more"] = compare(open_TE, own, capacity=Capacity(needs.rows + 2, needs.pairs + 5))
+    return found
+
+
+def needed(open_TE: list[list[int]]) -> Capacity:
+    """Worked out from the whole map: two ranks with three tokens and two experts each."""
+    map_RTRe = torch.tensor(open_TE).view(2, 3, 2, 2).bool()
+    return Capacity(int(map_RTRe.any(3).sum(1).max()), int(map_RTRe.sum((0, 1, 3)).max()))
+
+
+def reported() -> dict[str, Any]:
+    """What an exchange says of its needs, and whether they were too much: exact, with just enough room, with less."""
+    own, found = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3), {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+    for name, open_TE in OPEN.items():
+        map_TE, needs = torch.tensor(open_TE).bool()[own], needed(open_TE)
+        found[name] = {"needed": list(needs)}
+        room = {"exact": None, "enough": needs, "few rows": Capacity(needs.rows - 1, needs.pairs)}
+        for case, capacity in (room | {"few pairs": Capacity(needs.rows, needs.pairs - 1)}).items():
+            if capacity is None or min(capacity) >= 0:
+                moe = layer(map_TE, torch.rand(map_TE.shape))
+                share_experts(moe, mesh)
+                moe.exchange.capacity = capacity  # pyright: ignore[reportOptionalMemberAccess]
+                routing = moe(torch.randn(1, 3, HIDDEN))[1]
+                is_too_much = None if routing.overflow is None else routing.overflow.item()
+                found[name][case] = {"needs": routing.needs.tolist(), "overflow": is_too_much}
+    return found
 
 
 def in_parts() -> dict[str, Any]:
@@ -181,5 +220,6 @@ def most_rows(map_TE: Tensor, mesh: DeviceMesh, budget: float) -> int:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    "exchange": exchange, "in_parts": in_parts, "uneven": uneven, "rows_sent": rows_sent, "peak_rows": peak_rows,
+    "exchange": exchange, "with_capacity": with_capacity, "reported": reported, "in_parts": in_parts,
+    "uneven": uneven, "rows_sent": rows_sent, "peak_rows": peak_rows,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from remoe.distributed.ranks import Ranks
 pytestmark = pytest.mark.xdist_group("distributed")
 CASES = (
     *("sums", "agreement", "shares", "in_turn", "seeds", "rows", "first_alone"),
-    *("exchange", "in_parts", "uneven", "rows_sent", "peak_rows"),
+    *("exchange", "with_capacity", "reported", "in_parts", "uneven", "rows_sent", "peak_rows"),
 )
 """Everything that runs on two processes without a model, in one start."""
 

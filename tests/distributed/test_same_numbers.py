@@ -15,7 +15,9 @@ ROUNDING = 4
 
 @pytest.fixture
 def results(results_of: Callable[..., Any]) -> dict[str, Any]:
-    return results_of(2, "some_steps", "rounded", "averaged", "runs", "coefficients", "poisoned", "void")
+    return results_of(
+        2, "some_steps", "rounded", "known_rows", "ahead", "averaged", "runs", "coefficients", "poisoned", "void"
+    )
 
 
 def check(everyone: list[dict[str, Any]], num_cases: int) -> None:
@@ -43,6 +45,31 @@ def test_in_bf16_gradients_are_those_of_one_process_with_the_same_micro_batches(
             assert step["lacking"] == [], case
             assert step["gradient"][0] < TOLERANCE, (case, step["gradient"][1])
             assert step["loss"] < TOLERANCE, case
+
+
+def check_known_rows(everyone: list[dict[str, Any]], num_layouts: int) -> None:
+    for found in everyone:
+        check([found], num_cases=2 * num_layouts)
+        for case, step in found.items():
+            assert step["overflowed"] is False, case
+            assert step["void_with_less"] == [True, True], case
+
+
+def test_experts_of_many_ranks_that_wait_for_no_counts_give_the_numbers_of_one_process(results: dict[str, Any]):
+    check_known_rows(results["known_rows"], num_layouts=3)
+
+
+def test_a_run_with_row_capacities_at_shared_experts_is_the_exact_run(results: dict[str, Any]):
+    for found in results["ahead"]:
+        assert found["capacity"] == pytest.approx(found["exact"], rel=1e-3)
+        assert len(found["exact"]) == 40
+        assert found["with_capacity"] >= 15
+    assert len({found["again"] for found in results["ahead"]}) == 1, "all ranks run the same steps again"
+
+
+@pytest.mark.slow
+def test_experts_of_four_ranks_that_wait_for_no_counts_do_too(results_of: Callable[..., Any]):
+    check_known_rows(results_of(4, "known_rows", timeout=900)["known_rows"], num_layouts=7)
 
 
 def test_the_states_are_from_all_three_stages(results: dict[str, Any]):
@@ -104,14 +131,22 @@ def test_every_router_in_pipelines_has_the_numbers_of_one_process(
 @pytest.mark.slow
 def test_compiled_parts_have_the_same_numbers_and_layers_share_their_graphs(results_of: Callable[..., Any]):
     everyone = results_of(2, "compiled_steps", timeout=900)["compiled_steps"]
+    known_rows = [found.pop("known rows") for found in everyone]
     for found in everyone:
         check([{case: step for layout in found.values() for case, step in layout["steps"].items()}], len(COMPILED))
+    for found in known_rows:
+        assert found["step"]["gradient"][0] < TOLERANCE
+        assert found["graphs"] == 1, "the whole pass"
     graphs = {layout: found["graphs"] for layout, found in everyone[0].items()}
-    attention, router, first_recurrent_router = 1, 1, 1
+    attention, router, first_recurrent_router, whole = 1, 1, 1, 1
+    before_exchange = attention, router
+    after_exchange = 1
     assert graphs == {
         "relu, shards": attention + router,
         "recurrent_relu, shards": attention + router + first_recurrent_router,
         "relu, experts": attention + router,
         "relu, tensor": router,
         "relu, pipeline": attention + router,
+        "relu, optimizer": whole,
+        "recurrent_relu, optimizer and experts": (sum(before_exchange) + after_exchange) * (1 + first_recurrent_router),
     }

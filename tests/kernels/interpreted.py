@@ -18,7 +18,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from remoe.kernels.dispatch_lists import reference
 from remoe.kernels.dispatch_lists.kernel import dispatch_lists_triton
 from remoe.kernels.expert_mlp import fused, per_expert
+from remoe.kernels.expert_mlp.combine import gather_sum
 from remoe.kernels.expert_mlp.tiles import Choices, Tiles
+from remoe.kernels.rows.kernel import combine_rows_triton
 
 SHAPES = [(1, 1, 8, 8), (7, 3, 8, 16), (40, 8, 24, 48)]  # tokens, experts, hidden, ffn
 CHOICES = {
@@ -79,6 +81,17 @@ def lists_agree(tokens, experts, density):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def combine_error(tokens, experts, density):
+    """Sums of tokens' rows, which here lie anywhere among others; the largest error."""
+    generator = torch.Generator().manual_seed(2)
+    routing_map = torch.rand(tokens, experts, generator=generator) < density
+    _, _, row_N, _, token_offsets, num_rows = reference.dispatch_lists(routing_map)
+    place_N = torch.randperm(int(num_rows) + 5, generator=generator)[row_N]
+    rows_NH = torch.randn(int(num_rows) + 5, 24, generator=generator)
+    expected = gather_sum(rows_NH.double(), place_N, token_offsets)
+    return (combine_rows_triton(rows_NH, place_N, token_offsets) - expected).abs().max().item()
+
+
 def main():
     InterpreterBuilder.create_descriptor_reduce = add_to_block
     errors = {}
@@ -91,7 +104,8 @@ def main():
                 errors[f"{case} adding"] = largest_error(shape, density, dtype, ROWS[rows], adding_passes)
     sizes = [(0, 4), (1, 1), (5, 3), (33, 1), (300, 64), (700, 8)]
     lists = {f"{size} {d}": lists_agree(*size, d) for size, d in itertools.product(sizes, (0.0, 0.3, 1.0))}
-    print(json.dumps({"errors": errors, "lists": lists}))
+    combined = {f"{size} {d}": combine_error(*size, d) for size, d in itertools.product(sizes[1:], (0.0, 0.3, 1.0))}
+    print(json.dumps({"errors": errors, "lists": lists, "combined": combined}))
 
 
 if __name__ == "__main__":

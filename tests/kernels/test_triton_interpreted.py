@@ -30,6 +30,11 @@ def test_every_output_and_gradient_is_that_of_the_plain_path(found):
     assert not wrong
 
 
+def test_sums_of_rows_that_lie_anywhere_are_those_of_the_plain_path(found):
+    assert len(found["combined"]) == 15
+    assert max(found["combined"].values()) < 1e-5
+
+
 def test_the_lists_are_those_of_the_reference(found):
     assert len(found["lists"]) == 18
     assert all(found["lists"].values())

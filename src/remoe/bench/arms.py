@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
+from remoe.moe import Routing
 from remoe.training.ahead import RunAhead, row_policy
 from remoe.training.capacity import WINDOW
 from remoe.training.config import TrainConfig
@@ -51,9 +52,9 @@ class OurArm:
         self._ahead.settle()
         capacity = row_policy(self.stepper)
         if capacity is not None:
-            counts = [self._counts(batch) for batch in self.batches]
-            for active_L in itertools.islice(itertools.cycle(counts), WINDOW):
-                capacity.see(active_L)
+            needs = [self._needs(batch) for batch in self.batches]
+            for needs_C in itertools.islice(itertools.cycle(needs), WINDOW):
+                capacity.see(needs_C)
         self._ahead = RunAhead(self.stepper, self.stepper.run, capacity)
         self.stepper.row_capacities = None if capacity is None else capacity.capacities
 
@@ -68,16 +69,21 @@ class OurArm:
         return masters.in_fp32() if isinstance(masters, MasterWeights) else nullcontext()
 
     @torch.no_grad()
-    def _counts(self, batch: Batch) -> list[int]:
-        """Active pairs of each layer's largest micro-batch, from eager forward passes: a step would first compile."""
+    def _needs(self, batch: Batch) -> list[int]:
+        """What row capacities must hold, from eager forward passes: a step would first compile."""
         device, is_bf16 = self.stepper.device, self.stepper.config.train.precision == "bf16"
-        most = [0] * len(self.stepper.layers)
+        needs: list[Tensor] = []
         for part_BS in batch.tokens_BS.split(self.stepper.micro_batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 routings = self.stepper.model(part_BS.to(device)).routings
-            active = [int(routing.routing_map_TE.sum()) for routing in routings if routing is not None]
-            most = [max(counts) for counts in zip(most, active, strict=True)]
-        return most
+            of_layers = [_needs(routing) for routing in routings if routing is not None]
+            needs.append(torch.cat(of_layers))
+        return [int(count) for count in self.stepper.capacity_needs(torch.stack(needs).amax(0))]
+
+
+def _needs(routing: Routing) -> Tensor:
+    """Of one layer: its active pairs, or where ranks share its experts what the exchange says."""
+    return routing.routing_map_TE.sum()[None] if routing.needs is None else routing.needs
 
 
 def stepper_of(config: TrainConfig, model: ReMoEForCausalLM, device: torch.device) -> Stepper:

@@ -79,6 +79,17 @@ class ParallelConfig:
         return self.tensor * self.context
 
     @property
+    def graph(self) -> str:
+        """What of a forward and backward pass can be one graph: "whole"; "known": all of it, once the number of rows of
+        each layer is known beforehand; "parts": what lies between exchanges.
+        """
+        if self.shared_by * self.data_replicate * self.pipeline == 1:
+            return "whole"
+        if self.sharded == "parameters" or self.sequence_ranks > 1:
+            return "parts"
+        return "whole" if self.expert == 1 else "known"
+
+    @property
     def shared_by(self) -> int:
         """Ranks that share the parameters of one copy: all have different tokens."""
         return self.shards * self.sequence_ranks

@@ -17,7 +17,7 @@ from remoe.distributed.mesh import Meshes
 from remoe.distributed.optimizer_shards import share_optimizer
 from remoe.distributed.ranks import Item, Key, Ranks, Result
 from remoe.distributed.shard import shard_model
-from remoe.distributed.sums import total_over
+from remoe.distributed.sums import largest_over, total_over
 from remoe.errors import OneRankError, RemoeError
 from remoe.model.sequence import own_columns
 
@@ -33,7 +33,7 @@ class DataRanks(Ranks):
         self.same_rows = self.sequence_size
         self.size = self.data_size * self.sequence_size
         self.data_index, self.sequence_index = divmod(self.index % self.size, self.sequence_size)
-        self.passes_alone = parallel.sharded == "optimizer" and parallel.expert == self.sequence_size == 1
+        self.graph = parallel.graph
 
     def aside(self) -> "DataRanks":
         other = copy(self)
@@ -68,6 +68,9 @@ class DataRanks(Ranks):
 
     def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return self.total(values)
+
+    def largest_of_layers(self, values: Tensor) -> Tensor:
+        return largest_over(values, None)
 
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return self.total({name: value / self.size for name, value in values.items()})

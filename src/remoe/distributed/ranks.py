@@ -27,8 +27,8 @@ class Ranks:
     sequence_size = 1
     same_rows = 1
     """Ranks with the same rows of a batch: those that share its sequences, in each stage of a pipeline."""
-    passes_alone = True
-    """Whether a forward and backward pass exchanges nothing with other ranks but counts."""
+    graph = "whole"
+    """ParallelConfig.graph."""
     shares: "Mapping[nn.Parameter, Share] | None" = None
     """How the fp32 weights of a placed model's parameters are shared by ranks that hold it whole; None: they do not."""
     pipeline: "Pipeline | None" = None
@@ -67,6 +67,10 @@ class Ranks:
     def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The sums over those ranks that have the same layers as this one."""
         return dict(values)
+
+    def largest_of_layers(self, values: Tensor) -> Tensor:
+        """The largest of each device value of those ranks that have the same layers as this one."""
+        return values
 
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The means over ranks of device values; where ranks have different layers, of what those add up to."""

@@ -14,7 +14,7 @@ from remoe.distributed.gradients import clip_shared_gradients
 from remoe.distributed.pipeline import Pipeline
 from remoe.distributed.ranks import Key
 from remoe.distributed.shared_parameters import Holders, counted_elsewhere, sum_shared_gradients
-from remoe.distributed.sums import total_over
+from remoe.distributed.sums import largest_over, total_over
 from remoe.model.part import shared_by_parts
 
 
@@ -47,6 +47,9 @@ class StageRanks(DataRanks):
 
     def total_of_layers(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return total_over(values, self.within)
+
+    def largest_of_layers(self, values: Tensor) -> Tensor:
+        return largest_over(values, self.within)
 
     def average(self, values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return self.total({name: value / self.within.size() for name, value in values.items()})

@@ -1,4 +1,4 @@
-"""Sums over ranks of several device values at once."""
+"""Sums over ranks of several device values at once, and the largest of each."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -16,6 +16,13 @@ def total_over(values: Mapping[Key, Tensor], group: dist.ProcessGroup | None) ->
     for dtype in sorted({value.dtype for value in values.values()}, key=str):
         summed |= _total({name: value for name, value in values.items() if value.dtype == dtype}, group)
     return {name: summed[name] for name in values}
+
+
+def largest_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest of each value over the ranks of a group (None: all)."""
+    largest = values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
 
 
 def _total(values: Mapping[Key, Tensor], group: dist.ProcessGroup | None) -> dict[Key, Tensor]:

@@ -1,6 +1,6 @@
 """The Mixture-of-Experts layer: router, plan, experts."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,24 @@ from remoe.moe.routing import RouterContext, Routing
 _FEW_PAIRS = 65536  # lists and rows of so many pairs cost little: allocate for all of them rather than wait
 
 
+class Capacity(NamedTuple):
+    """What one exchange of a layer makes room for; the same on all ranks."""
+
+    rows: int
+    """From each rank to each."""
+    pairs: int
+    """Active (token, expert) pairs at a rank."""
+
+
 class Exchange(Protocol):
     """Runs a layer's experts where ranks share them: expert parallelism."""
 
-    def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> Tensor: ...
+    capacity: Capacity | None
+    """None: exact, for which the host waits."""
+
+    def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """The output [T, H], and the routing with what the exchange knows of its needs."""
+        ...
 
 
 class MoE(nn.Module):
@@ -44,7 +58,8 @@ class MoE(nn.Module):
         hidden_TH = hidden_BSH.flatten(0, 1)
         routing = self.router(hidden_TH, context)
         if self.exchange is not None:
-            return self.exchange(self.experts, hidden_TH, routing).view_as(hidden_BSH), routing
+            out_TH, routing = self.exchange(self.experts, hidden_TH, routing)
+            return out_TH.view_as(hidden_BSH), routing
         plan = plan_of(routing, self._capacity(routing))
         out_TH = self.experts(hidden_TH, plan, routing.weights_TE)
         return out_TH.view_as(hidden_BSH), routing._replace(overflow=getattr(plan, "overflow", None))

@@ -37,6 +37,9 @@ class Routing(NamedTuple):
 
     merging: Merging | None = None
     """Set by routers whose experts are merged ones, else None."""
+    needs: Tensor | None = None
+    """Where ranks share experts, what a capacity must hold, int64 [2]: the most rows that one rank sends another, and
+    the most active pairs at one; as far as this rank knows. Else None."""
 
 
 class RouterContext(NamedTuple):

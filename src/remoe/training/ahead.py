@@ -70,7 +70,7 @@ class RunAhead:
         """Wait for the first launched step's counts; run all again if it is void."""
         if self._launched[0].readout.read()["overflowed"]:
             self._run_again()
-        capacity.see([int(count) for count in self._launched[0].readout.read()["active_at_once"]])
+        capacity.see([int(count) for count in self._launched[0].readout.read()["needs"]])
 
     def _run_again(self) -> None:
         void, self._launched = self._launched, deque()

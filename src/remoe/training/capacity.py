@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from remoe.moe import MoE
 from remoe.moe.experts import GroupedExperts
+from remoe.moe.layer import Capacity
 
 WINDOW = 16
 """Steps that capacities are chosen from."""
@@ -22,7 +23,7 @@ class RowCapacity:
     """Rows for one micro-batch, layer by layer: the most of a window, its spread and 1/16 on top, rounded up.
 
     A router whose count never varies (Top-K) gets exactly its count. `most` is the number of (token, expert) pairs of
-    a micro-batch: a capacity of so many never overflows.
+    a micro-batch: a capacity of so many never overflows. Where ranks share experts a layer has two capacities.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,9 +32,9 @@ class RowCapacity:
         """In force; None: exact rows, whose number the layers wait for."""
         self._counts: deque[Sequence[int]] = deque(maxlen=WINDOW)
 
-    def see(self, active_L: Sequence[int]) -> None:
-        """Take the active pairs of one step: each layer's largest micro-batch."""
-        self._counts.append(active_L)
+    def see(self, needs_C: Sequence[int]) -> None:
+        """Take what one step needed: in each layer, its largest micro-batch."""
+        self._counts.append(needs_C)
         needed = self._needed()
         is_near = self.capacities is not None and self._is_near(self.capacities)
         if self.capacities is not None and not is_near and sum(self.capacities) <= WASTE * sum(needed):
@@ -52,7 +53,7 @@ class RowCapacity:
         return any(max(counts) + spread(counts) // 2 > capacity for counts, capacity in layers if capacity < self.most)
 
     def _has_settled(self) -> bool:
-        totals = [sum(active_L) for active_L in self._counts]
+        totals = [sum(needs_C) for needs_C in self._counts]
         return len(totals) == WINDOW and max(totals) <= SETTLED * min(totals)
 
 
@@ -107,16 +108,23 @@ def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None, num_
     finally:
         for layer in layers:
             layer.row_capacity = None
+            if layer.exchange is not None:
+                layer.exchange.capacity = None
             if isinstance(layer.experts, GroupedExperts):
                 layer.experts.keeps_all_rows = False
 
 
 def _set_capacities(layers: Sequence[MoE], capacities: Sequence[int], num_tokens: int) -> None:
+    exchanges = [layer.exchange for layer in layers if layer.exchange is not None]
+    if exchanges:
+        for exchange, *capacity in zip(exchanges, capacities[::2], capacities[1::2], strict=True):
+            exchange.capacity = Capacity(*capacity)
+        return
     for layer, capacity in zip(layers, capacities, strict=True):
         layer.row_capacity = capacity
     grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
-    if len(grouped) < len(layers) or not grouped or any(layer.exchange is not None for layer in layers):
-        return  # other experts, and those that ranks share, do not follow capacities
+    if len(grouped) < len(layers) or not grouped:
+        return  # other experts do not follow capacities
     in_chunks = layers_in_chunks(capacities, grouped[0].row_cap(num_tokens))
     for experts, chunked in zip(grouped, in_chunks, strict=True):
         experts.keeps_all_rows = not chunked

@@ -41,8 +41,9 @@ class Measured(NamedTuple):
     """By name: 'loss', which carries the gradient, and its parts."""
     counts: RoutingCounts | None
     """All ranks' counts; None for a model without MoE layers."""
-    active_L: Tensor | None
-    """This rank's active pairs of its largest micro-batch, each layer by itself."""
+    needs_C: Tensor | None
+    """What this rank's row capacities had to hold, of the micro-batch that needed most, each by itself: every layer's
+    active pairs, or where ranks share experts its `Routing.needs`."""
     overflow: Tensor | None
     """0-dim bool: a layer had more pairs than rows; None where none has a row capacity."""
     observed: Observed
@@ -56,7 +57,7 @@ class Measured(NamedTuple):
         return Measured(
             {name: value + other.values[name] for name, value in self.values.items()},
             self.counts.plus(other.counts) if self.counts and other.counts else None,
-            _of_both(torch.maximum, self.active_L, other.active_L),
+            _of_both(torch.maximum, self.needs_C, other.needs_C),
             _of_both(torch.logical_or, self.overflow, other.overflow),
             router_hooks.added(self.observed, other.observed),
         )
@@ -99,9 +100,10 @@ class MicroBatchLoss:
         coef = self.objective.spare_starving(counts, weighing.coef)
         values = {"loss": lm + self.share * self.objective.penalties(terms, coef), "lm_loss": lm}
         values |= {name: self.share * term_L for name, term_L in terms.items()}
-        active_L = own_counts.active_L if own_counts else None
+        needs = [routing.needs for routing in routings if routing.needs is not None]
+        needs_C = torch.cat(needs) if needs else own_counts.active_L if own_counts else None
         observed = router_hooks.observe(self.routers, routings, self.share)
-        return Measured(values, counts, active_L, any_overflow(routings), observed)
+        return Measured(values, counts, needs_C, any_overflow(routings), observed)
 
     def _loads(self, counts: RoutingCounts | None, weighing: Weighing) -> Tensor | None:
         """The previous step's loads, or in the very first step the micro-batch's."""

@@ -61,7 +61,7 @@ class PipelinedStep:
         return measured._replace(
             values=scalars | terms,
             counts=RoutingCounts(**total_over(spread, self._pipeline.group)),
-            active_L=counts.active_L if measured.active_L is None else measured.active_L,
+            needs_C=counts.active_L if measured.needs_C is None else measured.needs_C,
         )
 
     def _spread(self, values: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Stepper:
     optimizer: torch.optim.AdamW = field(init=False)
     controller: SparsityController | None = field(init=False, default=None)
     row_capacities: Sequence[int] | None = field(init=False, default=None)
-    """Rows of each MoE layer for one micro-batch in the next steps; None: exact, as many as are needed."""
+    """Rows of each MoE layer for one micro-batch in the next steps, or where ranks share experts both numbers of its
+    `Capacity`, the same on all ranks; None: exact, as many as are needed."""
     overflowed: Tensor = field(init=False)
     """Bool: a step had more rows than its capacities allow. It and all later ones are cancelled until this is reset."""
     skipped: Tensor = field(init=False)
@@ -71,6 +72,7 @@ class Stepper:
             self.masters.named_parameters(self.model) if self.masters else dict(self.model.named_parameters())
         )
         self.layers = moe_layers(self.model)
+        self.has_shared_experts = any(layer.exchange is not None for layer in self.layers)
         self.routers: list[Any] = [layer.router for layer in self.layers]
         self.own_layers = pipeline.moe_layers(model) if pipeline else slice(0, model.num_moe_layers)
         self.objective = Objective(
@@ -82,8 +84,9 @@ class Stepper:
         )
         self.model.activation_checkpointing = self.config.train.activation_checkpointing  # pyright: ignore
         loss = self._build_loss()
-        self.loss = compiled(loss) if loop.compile and self.ranks.passes_alone else loss
-        if loop.compile and not self.ranks.passes_alone:
+        self.loss = loss
+        self.compiled_loss = compiled(loss) if loop.compile and self.ranks.graph != "parts" else None
+        if loop.compile and self.ranks.graph != "whole":
             compile_parts(self.model, has_whole_layers=self.ranks.shares is not None)
         self.pipelined = self._pipelined(loss, pipeline) if pipeline else None
         if loop.cuda_graphs:
@@ -157,7 +160,9 @@ class Stepper:
 
     def _pass(self, batch: Batch, weighing: Weighing) -> Measured:
         """Forward and backward of a micro-batch on the device."""
-        measured = self.loss(batch, weighing)
+        is_known = self.ranks.graph == "whole" or self.row_capacities is not None
+        loss = self.compiled_loss if self.compiled_loss is not None and is_known else self.loss
+        measured = loss(batch, weighing)
         measured.values["loss"].backward()
         return measured.detached()
 
@@ -196,9 +201,13 @@ class Stepper:
 
     def _rows_values(self, measured: Measured) -> Values:
         """What the choice of row capacities needs to know of a step."""
-        if measured.active_L is None:
+        if measured.needs_C is None:
             return {}
-        return {"overflowed": self.overflowed, "active_at_once": measured.active_L}
+        return {"overflowed": self.overflowed, "needs": self.capacity_needs(measured.needs_C)}
+
+    def capacity_needs(self, own_C: Tensor) -> Tensor:
+        """What this rank's row capacities must hold: where ranks share experts, and so capacities, the most of all."""
+        return self.ranks.largest_of_layers(own_C) if self.has_shared_experts else own_C
 
     @torch.no_grad()
     def _after_step(self, counts: RoutingCounts | None, observed: Observed, skipped: Tensor, step: int) -> None:

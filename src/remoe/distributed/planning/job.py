@@ -27,7 +27,8 @@ class Job:
     precision: str = "bf16"
     activation_checkpointing: str = "none"
     is_compiled: bool = False
-    """Steps are launched as a whole (train.compile, train.cuda_graphs): the host does not hold the device up."""
+    """Steps are launched as a whole (train.compile, train.cuda_graphs), in layouts whose ranks let them: the host does
+    not hold the device up there."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Sizes that are planned are replaced, and `sharded`; `reshard` and `reduce` hold for all layouts."""
     has_embedding: bool = True
@@ -74,6 +75,10 @@ class Job:
     def memory(self) -> Callable[[Workload, int], Memory]:
         """(workload, micro-batches whose activations are kept) → bytes of the layers on one device."""
         return functools.cache(lambda workload, kept: plan(self._repeated(kept), workload).memory)
+
+    def is_one_graph(self, parallel: ParallelConfig) -> bool:
+        """Whether a pass is launched as a whole; of an exchange in it the ranks know the rows."""
+        return self.is_compiled and parallel.graph != "parts"
 
     def micro_batch(self, parallel: ParallelConfig) -> int:
         """Sequences that a rank takes at once: the most that divides its share and leaves a micro-batch for each stage.

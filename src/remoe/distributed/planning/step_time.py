@@ -108,11 +108,12 @@ def _compute_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: 
     """One micro-batch."""
     model = job.model
     tokens, layers, moe_layers = job.workload(parallel).num_tokens, model.num_layers, model.num_moe_layers
-    attention, sparse = _attention_seconds(job, tokens, gpus), _moe_seconds(job, parallel, gpus, active)
+    is_one_graph = job.is_one_graph(parallel)
+    attention, sparse = _attention_seconds(job, tokens, gpus, is_one_graph), _moe_seconds(job, parallel, gpus, active)
     dense = layer_seconds(tokens, (model.hidden_size, model.intermediate_size, 1, 1), gpus, job.compute_bytes)
     again = {"full": (4 / 3, 4 / 3), "selective": (4 / 3, 1.0)}.get(job.activation_checkpointing, (1.0, 1.0))
     attention, sparse, dense = attention * again[0], sparse * again[1], dense * again[0]
-    if not job.is_compiled:
+    if not is_one_graph:
         attention = max(attention, gpus["attention_host"])
         sparse, dense = max(sparse, gpus["expert_host"]), max(dense, gpus["dense_host"])
     blocks = layers * attention + moe_layers * sparse + (layers - moe_layers) * dense
@@ -126,12 +127,12 @@ def _head_seconds(job: Job, tokens: float, gpus: Machine) -> float:
     return TRAINED * 2 * logits * job.model.hidden_size / gpus["products"] + passes / gpus["memory_rate"]
 
 
-def _attention_seconds(job: Job, tokens: float, gpus: Machine) -> float:
+def _attention_seconds(job: Job, tokens: float, gpus: Machine, is_one_graph: bool) -> float:
     """Projections, causal scores (half of all pairs; the backward pass computes them again), norms and residuals."""
     model = job.model
     projections = TRAINED * 2 * tokens * job.parts.attention
     scores = 3.5 * 2 * tokens * job.sequence_length * model.head_width * model.num_heads
-    passes = gpus["block_passes" if job.is_compiled else "eager_block_passes"]
+    passes = gpus["block_passes" if is_one_graph else "eager_block_passes"]
     elementwise = passes * tokens * model.hidden_size * job.compute_bytes
     return projections / gpus["products"] + scores / gpus["attention_products"] + elementwise / gpus["memory_rate"]
 
@@ -152,7 +153,7 @@ def _moe_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int)
 
 def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine) -> float:
     seconds = gpus.exchange_seconds(sent.all_to_all, parallel.expert)
-    if parallel.expert > 1:
+    if parallel.expert > 1 and not job.is_one_graph(parallel):
         seconds += job.model.num_moe_layers * gpus["exchange_wait"]
     seconds += gpus.exchange_seconds(sent.sequence, parallel.sequence_ranks)
     return seconds + gpus.pass_seconds(sent.stages, parallel.pipeline, parallel.data_replicate * parallel.shared_by)
