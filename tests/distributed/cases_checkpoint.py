@@ -84,6 +84,7 @@ WITH_FOUR: dict[str, dict[str, Any]] = {
     "all experts": {"expert": 4},
     "heads with experts": {"tensor": 2, "expert": 4},
     "stages with experts": {"pipeline": 2, "expert": 2},
+    "optimizer of copies with experts": {"sharded": "optimizer", "data_replicate": 2, "expert": 2},
 }
 
 

@@ -49,6 +49,6 @@ def test_four_processes_read_what_two_wrote_and_the_other_way_round(tmp_path: Pa
     folder = tmp_path / "saved"
     folder.mkdir()
     run(folder, 2, "save")
-    check(run(folder, 4, "save", "load"), written=18, read=11)
-    check(run(folder, 2, "load"), written=18, read=7)
-    check(run(folder, 1, "load"), written=18, read=1)
+    check(run(folder, 4, "save", "load"), written=19, read=12)
+    check(run(folder, 2, "load"), written=19, read=7)
+    check(run(folder, 1, "load"), written=19, read=1)

@@ -16,7 +16,17 @@ ROUNDING = 4
 @pytest.fixture
 def results(results_of: Callable[..., Any]) -> dict[str, Any]:
     return results_of(
-        2, "some_steps", "rounded", "known_rows", "ahead", "averaged", "runs", "coefficients", "poisoned", "void"
+        2,
+        "some_steps",
+        "rounded",
+        "variants",
+        "known_rows",
+        "ahead",
+        "averaged",
+        "runs",
+        "coefficients",
+        "poisoned",
+        "void",
     )
 
 
@@ -47,6 +57,15 @@ def test_in_bf16_gradients_are_those_of_one_process_with_the_same_micro_batches(
             assert step["loss"] < TOLERANCE, case
 
 
+def test_ranks_that_share_the_optimizer_tie_embeddings_and_reduce_in_the_dtype_that_is_asked_for(
+    results: dict[str, Any],
+):
+    for found in results["variants"]:
+        errors = {name: step["gradient"][0] for name, step in found.items()}
+        assert all(errors[name] < TOLERANCE for name in ("tied", "copies"))
+        assert all(TOLERANCE < errors[name] < 0.02 for name in ("bf16", "bf16, copies")), "rounding to bf16 shows"
+
+
 def check_known_rows(everyone: list[dict[str, Any]], num_layouts: int) -> None:
     for found in everyone:
         check([found], num_cases=2 * num_layouts)
@@ -64,7 +83,9 @@ def test_a_run_with_row_capacities_at_shared_experts_is_the_exact_run(results: d
         assert found["capacity"] == pytest.approx(found["exact"], rel=1e-3)
         assert len(found["exact"]) == 40
         assert found["with_capacity"] >= 15
-    assert len({found["again"] for found in results["ahead"]}) == 1, "all ranks run the same steps again"
+    again = {found["again"] for found in results["ahead"]}
+    assert len(again) == 1, "all ranks run the same steps again"
+    assert again.pop() >= 1
 
 
 @pytest.mark.slow
@@ -135,8 +156,9 @@ def test_compiled_parts_have_the_same_numbers_and_layers_share_their_graphs(resu
     for found in everyone:
         check([{case: step for layout in found.values() for case, step in layout["steps"].items()}], len(COMPILED))
     for found in known_rows:
-        assert found["step"]["gradient"][0] < TOLERANCE
-        assert found["graphs"] == 1, "the whole pass"
+        assert all(case["step"]["gradient"][0] < TOLERANCE for case in found.values())
+        assert found["known"]["graphs"] == 1, "the whole pass"
+        assert all(case["own seconds"] > 0 for case in found.values())
     graphs = {layout: found["graphs"] for layout, found in everyone[0].items()}
     attention, router, first_recurrent_router, whole = 1, 1, 1, 1
     before_exchange = attention, router

@@ -66,7 +66,10 @@ class OurArm:
     def in_fp32(self) -> AbstractContextManager[None]:
         """Let the model hold its fp32 weights inside, where its matrices are in bf16 otherwise."""
         masters = self.stepper.masters
-        return masters.in_fp32() if isinstance(masters, MasterWeights) else nullcontext()
+        if masters is None:
+            return nullcontext()
+        assert isinstance(masters, MasterWeights), "no rank holds all fp32 weights"
+        return masters.in_fp32()
 
     @torch.no_grad()
     def _needs(self, batch: Batch) -> list[int]:
@@ -76,13 +79,13 @@ class OurArm:
         for part_BS in batch.tokens_BS.split(self.stepper.micro_batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 routings = self.stepper.model(part_BS.to(device)).routings
-            of_layers = [_needs(routing) for routing in routings if routing is not None]
+            of_layers = [_of_layer(routing) for routing in routings if routing is not None]
             needs.append(torch.cat(of_layers))
         return [int(count) for count in self.stepper.capacity_needs(torch.stack(needs).amax(0))]
 
 
-def _needs(routing: Routing) -> Tensor:
-    """Of one layer: its active pairs, or where ranks share its experts what the exchange says."""
+def _of_layer(routing: Routing) -> Tensor:
+    """What capacities must hold: a layer's active pairs, or where ranks share its experts what the exchange says."""
     return routing.routing_map_TE.sum()[None] if routing.needs is None else routing.needs
 
 

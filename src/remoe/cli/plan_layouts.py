@@ -1,7 +1,7 @@
 """The part of `remoe plan --gpus N` about layouts: the fastest that fit, and what their numbers rest on."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from remoe.cli.table import table
@@ -50,9 +50,10 @@ def layouts_text(values: Mapping[str, Any]) -> str:
     how = "compiled" if values["compiled"] else "not compiled (train.compile is false)"
     head = f"{values['gpus']} x {gpus.name}, {how}: {fitting} of {len(layouts)} layouts fit; the fastest"
     lines = [f"{head} {min(SHOWN, len(layouts))}:"]
-    lines += [table(_HEAD, [_row(one) for one in layouts[:SHOWN]])]
-    lines += ["memory, at start, gathers, all-to-all and to stages: of one GPU, the last three of a micro-batch"]
-    lines += ["bubble: what of the step the stages of a pipeline wait for the others (1F1B); --json has all layouts"]
+    lines += [_table([_row(one) for one in layouts[:SHOWN]])]
+    lines += ["memory, at start, gathers, all-to-all and to stages: of one GPU, the last three of a micro-batch (mean)"]
+    lines += ["bubble: what of the step the stages of a pipeline wait for the others (1F1B)"]
+    lines += ["columns in which nothing is shared or sent are left out; --json has all of them, and all layouts"]
     measured = {key: constant for key, constant in gpus.constants.items() if not constant.is_assumed}
     lines += [f"measured: {_listed(measured)}", f"assumed: {_listed(gpus.assumptions)}"]
     return "\n".join(lines)
@@ -60,6 +61,15 @@ def layouts_text(values: Mapping[str, Any]) -> str:
 
 _COSTS = ("micro-batch", "memory", "at start", "gathers", "all-to-all", "to stages", "bubble", "step", "tokens/s")
 _HEAD = (*SIZES, SHARDED, *_COSTS)
+
+
+_NOTHING = ("1", "0.00 GiB", "0%")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Without the columns that say nothing."""
+    kept = [index for index in range(len(_HEAD)) if any(row[index] not in _NOTHING for row in rows)]
+    return table([_HEAD[index] for index in kept], [tuple(row[index] for index in kept) for row in rows])
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 """(output, input, group=..., async_op=...): this rank's piece of the sum of the ranks' inputs."""
 _GROUPS: dict[str, dist.ProcessGroup] = {}
-"""Those that ops name: an op takes no group."""
+"""Those that ops name, for an op takes no group; torch's own lookup by name is private."""
 
 
 def known_to_ops(group: dist.ProcessGroup) -> str:

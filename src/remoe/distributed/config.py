@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 from remoe.config import check_choice, check_range, config_class, setting
 from remoe.errors import ConfigError
 from remoe.model.config import ReMoEConfig
 from remoe.moe.routers import router_class
 
+Graph = Literal["whole", "known", "parts"]
 SIZES = ("data_replicate", "expert", "tensor", "pipeline", "context")
 WHOLE_SEQUENCES = ("lory",)
 """Routers that look at a whole sequence, so that ranks cannot share its tokens."""
@@ -21,20 +23,24 @@ class ParallelConfig:
     """
 
     data_replicate: int = setting(1, "copies of the model (HSDP); 1: no copies")
-    data_shard: int | str = setting("auto", "ranks that share the parameters of one copy (FSDP2); auto: all there are")
+    data_shard: int | str = setting("auto", "ranks that share the state of one copy (see sharded); auto: all there are")
     expert: int = setting(1, "ranks that share the experts of one layer; borrowed from the others")
     tensor: int = setting(1, "ranks that share attention's weights, by heads, and the tokens of a sequence elsewhere")
     pipeline: int = setting(1, "stages: ranks in a row, each with some of the layers; micro-batches pass through all")
     context: int = setting(1, "ranks that share the tokens of a sequence, for long ones")
     expert_rows: float = setting(
-        2.0, "most rows at a rank's experts, over its tokens times their top_k; above it tokens go in parts, twice"
+        2.0,
+        "most rows at a rank's experts, over its tokens times their top_k; above it ranks tell each other how many "
+        "they send, and tokens go in parts, twice",
     )
     sharded: str = setting(
         "parameters",
         "what the ranks of one copy share: parameters, gathered layer by layer (FSDP2), or only the optimizer's fp32 "
         "weights and state; then each holds weights and gradients whole, and exchanges both once a step (ZeRO-1)",
     )
-    reshard: bool = setting(True, "let go of gathered parameters after the forward pass, and gather them again")
+    reshard: bool = setting(
+        True, "let go of gathered parameters after the forward pass, and gather them again; for sharded parameters"
+    )
     reduce: str = setting("fp32", "what gradients are summed over ranks in: fp32 or bf16")
     timeout: float = setting(600.0, "seconds after which a rank that others wait for ends the run")
 
@@ -79,7 +85,7 @@ class ParallelConfig:
         return self.tensor * self.context
 
     @property
-    def graph(self) -> str:
+    def graph(self) -> Graph:
         """What of a forward and backward pass can be one graph: "whole"; "known": all of it, once the number of rows of
         each layer is known beforehand; "parts": what lies between exchanges.
         """

@@ -76,16 +76,22 @@ class ExpertExchange:
         self.rows_per_token = rows_per_token
         self.capacity: Capacity | None = None
         """None: exact. Ranks with a capacity have equally many tokens."""
-        self.name = known_to_ops(group)
+        self.group_name = known_to_ops(group)
 
     def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
         """The sum of each token's experts, weighted by its gates, wherever they are [T, H]; see moe.layer.Exchange."""
         if self.capacity is not None:
-            rows = min(self.capacity.rows, hidden_TH.shape[0])
-            if rows * self.num_ranks <= self.rows_per_token * hidden_TH.shape[0]:
-                return self._padded(experts, hidden_TH, routing, rows, self.capacity.pairs)
+            return self._padded(experts, hidden_TH, routing, self._rows(self.capacity, len(hidden_TH)))
         out_TH, needs = self._waiting(experts, hidden_TH, routing)
         return out_TH, routing._replace(needs=needs)
+
+    def has_room(self, capacity: Capacity, num_tokens: int) -> bool:
+        """Whether so many rows, empty ones among them, are within the budget."""
+        return self._rows(capacity, num_tokens) * self.num_ranks <= self.rows_per_token * num_tokens
+
+    def _rows(self, capacity: Capacity, num_tokens: int) -> int:
+        """From each rank to each: no more than tokens, and one where there is need of none."""
+        return max(1, min(capacity.rows, num_tokens))
 
     @_uncompiled
     def _waiting(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -119,21 +125,20 @@ class ExpertExchange:
         out_NH = experts(hidden_NH, plan(map_Ne, announced.num_pairs), weights_Ne)
         return combine_rows(exchange_rows(out_NH, announced.splits.back(), self.group), *lists)
 
-    def _padded(
-        self, experts: nn.Module, hidden_TH: Tensor, routing: Routing, rows: int, pairs: int
-    ) -> tuple[Tensor, Routing]:
+    def _padded(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing, rows: int) -> tuple[Tensor, Routing]:
         """The same with so many rows from each rank to each: M = N = R * rows, and those left over open no expert."""
-        map_TE = routing.routing_map_TE
+        assert self.capacity is not None, "the caller has looked"
+        map_TE, pairs = routing.routing_map_TE, self.capacity.pairs
         map_TR = self._map_of_ranks(map_TE)
         by_rank = plan(map_TR, rows * self.num_ranks)
         pair_M, is_row_M, slot_N = _slots(by_rank, self.num_ranks, rows)
         lists = (pair_M // self.num_ranks, slot_N, by_rank.token_offsets)
         hidden_MH = dispatch_rows(hidden_TH.to(compute_dtype(hidden_TH)), *lists)
         gates_M2e = self._gates(map_TE, routing.weights_TE).index_select(0, pair_M) * is_row_M[:, None]
-        map_Ne, weights_Ne = _opened(exchange_evenly(gates_M2e, self.name))
+        map_Ne, weights_Ne = _opened(exchange_evenly(gates_M2e, self.group_name))
         here = plan(map_Ne, min(pairs, map_Ne.numel()))
-        out_NH = experts(exchange_evenly(hidden_MH, self.name), here, weights_Ne)
-        out_TH = combine_rows(exchange_evenly(out_NH, self.name), *lists)
+        out_NH = experts(exchange_evenly(hidden_MH, self.group_name), here, weights_Ne)
+        out_TH = combine_rows(exchange_evenly(out_NH, self.group_name), *lists)
         needs = torch.stack((map_TR.sum(0).max(), map_Ne.sum()))
         overflow = (needs[0] > rows) | (needs[1] > pairs)
         return out_TH, routing._replace(overflow=overflow, needs=needs)
@@ -172,7 +177,7 @@ def _opened(gates_N2e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slots(by_rank: DispatchPlan, num_ranks: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows, sorted by rank, lie if each rank has room for equally many: the pair of each place, or 0 where a
+    """Where rows, sorted by rank, lie if each of R ranks has room for c of them: the pair of each place, or 0 where a
     place is empty, whether it is not, and the place of each entry of `row_N`. What there is no room for lies anywhere.
     """
     begin_R, end_R = by_rank.expert_offsets[:-1], by_rank.expert_offsets[1:]

@@ -1,8 +1,8 @@
 """Sharing only what the optimizer needs (ZeRO stage 1): each rank holds the model, and a part of its fp32 weights.
 
 Gradients are summed, each rank getting its part, and weights gathered once a step, so that a forward and backward pass
-is that of one process. The parts are DTensors of the same names and shapes as FSDP's: checkpoints, clipping and the
-optimizer do not tell them apart.
+is that of one process but for what it counts, and for tokens where ranks share experts or sequences. The parts are
+DTensors of the same names and shapes as FSDP's: checkpoints, clipping and the optimizer do not tell them apart.
 """
 
 from collections.abc import Iterable
@@ -28,8 +28,8 @@ class Share(NamedTuple):
 
     mesh: DeviceMesh
     """[replicate, shard], or [shard] without copies; with expert parallelism [.., shard, expert] for experts."""
-    copies: int
-    """1 if the mesh has a first dimension of copies, else 0: the index of its dimension `shard`."""
+    shard_index: int
+    """Which dimension of the mesh `shard` is; before it, there may be one of copies."""
     dim: Shard
     """Where the parameter is cut."""
     expert: tuple[Placement, ...]
@@ -39,12 +39,12 @@ class Share(NamedTuple):
     @property
     def placements(self) -> tuple[Placement, ...]:
         """Of the parts as a whole."""
-        return (Replicate(),) * self.copies + (self.dim,) + self.expert
+        return (Replicate(),) * self.shard_index + (self.dim,) + self.expert
 
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks whose parts make up what each of them computes with."""
-        return self.mesh.get_group(self.copies)
+        return self.mesh.get_group(self.shard_index)
 
     def is_plain(self, held: Tensor) -> bool:
         """Whether the parts lie in memory one after the other, equally long, or are one."""
@@ -61,16 +61,18 @@ class Share(NamedTuple):
 
     def whole(self, part: DTensor) -> Tensor:
         """What each rank computes with, of all ranks' parts."""
-        held = (Replicate(),) * (self.copies + 1) + self.expert
+        held = (Replicate(),) * (self.shard_index + 1) + self.expert
         return part.redistribute(placements=held).to_local()
 
     def _from(self, held: Tensor, each: Placement) -> DTensor:
-        placements = (each,) * (self.copies + 1) + self.expert
+        placements = (each,) * (self.shard_index + 1) + self.expert
         return DTensor.from_local(held, self.mesh, placements, run_check=False)
 
 
 class Shared(NamedTuple):
-    """A parameter that ranks hold whole, and this rank's part of its fp32 weights."""
+    """A parameter that ranks hold whole, and this rank's part of its fp32 weights. Where no other rank holds it, the
+    part may be the same memory, and its gradient that of the sum.
+    """
 
     held: nn.Parameter
     master: nn.Parameter
@@ -123,12 +125,13 @@ def _started_sum(share: Share, gradient: Tensor) -> tuple[DTensor, dist.Work | N
     """This rank's part of a sum, which is there when the work is done."""
     if not share.is_plain(gradient):
         return share.summed(gradient.to(share.reduce_dtype)), None
-    own, work = gradient, None
+    has_others = share.group.size() > 1 or share.shard_index > 0
+    own, work = gradient.to(share.reduce_dtype) if has_others else gradient, None
     if share.group.size() > 1:
-        gradient = gradient.to(share.reduce_dtype)
+        gradient = own
         own = gradient.new_empty(gradient.shape[0] // share.group.size(), *gradient.shape[1:])
         work = reduce_scatter(own, gradient, group=share.group, async_op=True)
-    if share.copies:
+    if share.shard_index > 0:
         if work is not None:
             work.wait()
         work = dist.all_reduce(own, group=share.mesh.get_group(0), async_op=True)
@@ -145,7 +148,7 @@ def _keep_own_experts(layer: MoE, mesh: DeviceMesh, parallel: ParallelConfig) ->
 def _shares(
     parameters: Iterable[nn.Parameter], mesh: DeviceMesh, parallel: ParallelConfig, expert: tuple[Placement, ...] = ()
 ) -> dict[nn.Parameter, Share]:
-    copies = mesh.ndim - len(expert) - 1
-    choose = shard_dim_on(mesh.size(copies), taken=[0] if expert else [])
+    shard_index = mesh.ndim - len(expert) - 1
+    choose = shard_dim_on(mesh.size(shard_index), taken=[0] if expert else [])
     reduce_dtype = REDUCE[parallel.reduce]
-    return {parameter: Share(mesh, copies, choose(parameter), expert, reduce_dtype) for parameter in parameters}
+    return {parameter: Share(mesh, shard_index, choose(parameter), expert, reduce_dtype) for parameter in parameters}

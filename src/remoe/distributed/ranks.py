@@ -9,6 +9,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from remoe.distributed.config import Graph
     from remoe.distributed.optimizer_shards import Share
     from remoe.distributed.pipeline import Pipeline
 
@@ -27,7 +28,7 @@ class Ranks:
     sequence_size = 1
     same_rows = 1
     """Ranks with the same rows of a batch: those that share its sequences, in each stage of a pipeline."""
-    graph = "whole"
+    graph: "Graph" = "whole"
     """ParallelConfig.graph."""
     shares: "Mapping[nn.Parameter, Share] | None" = None
     """How the fp32 weights of a placed model's parameters are shared by ranks that hold it whole; None: they do not."""

@@ -31,6 +31,10 @@ class Exchange(Protocol):
     capacity: Capacity | None
     """None: exact, for which the host waits."""
 
+    def has_room(self, capacity: Capacity, num_tokens: int) -> bool:
+        """Whether so many rows are within what may come to a rank of so many tokens at once."""
+        ...
+
     def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
         """The output [T, H], and the routing with what the exchange knows of its needs."""
         ...

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from remoe.moe import MoE
 from remoe.moe.experts import GroupedExperts
-from remoe.moe.layer import Capacity
+from remoe.moe.layer import Capacity, Exchange
 
 WINDOW = 16
 """Steps that capacities are chosen from."""
@@ -22,8 +22,9 @@ kernels hold at once. The first layer of trained ReLU models opens about 3k expe
 class RowCapacity:
     """Rows for one micro-batch, layer by layer: the most of a window, its spread and 1/16 on top, rounded up.
 
-    A router whose count never varies (Top-K) gets exactly its count. `most` is the number of (token, expert) pairs of
-    a micro-batch: a capacity of so many never overflows. Where ranks share experts a layer has two capacities.
+    A count that never varies (Top-K in one process) is its capacity. `most` is the number of (token, expert) pairs of a
+    micro-batch: a capacity of so many never overflows. Where ranks share experts a layer has two capacities, one after
+    the other: `moe.layer.Capacity`.
     """
 
     def __init__(self, most: int) -> None:
@@ -95,16 +96,15 @@ def _kept(rows_L: Sequence[int], in_chunks: Sequence[bool]) -> int:
 
 
 @contextmanager
-def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None, num_tokens: int) -> Iterator[None]:
-    """Let each layer allocate so many rows inside; None: as many as it needs, as before and after.
+def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None, num_tokens: int) -> Iterator[bool]:
+    """Let each layer allocate so many rows inside; None: as many as it needs, as before and after. Whether layers that
+    ranks share follow: they do not where they would need more room than their budget.
 
     `num_tokens` of a micro-batch tell what the layers may keep together (`layers_in_chunks`). With exact rows each
     decides by itself.
     """
     try:
-        if capacities is not None:
-            _set_capacities(layers, capacities, num_tokens)
-        yield
+        yield capacities is not None and _set_capacities(layers, capacities, num_tokens)
     finally:
         for layer in layers:
             layer.row_capacity = None
@@ -114,17 +114,27 @@ def row_capacities(layers: Sequence[MoE], capacities: Sequence[int] | None, num_
                 layer.experts.keeps_all_rows = False
 
 
-def _set_capacities(layers: Sequence[MoE], capacities: Sequence[int], num_tokens: int) -> None:
+def _set_capacities(layers: Sequence[MoE], capacities: Sequence[int], num_tokens: int) -> bool:
+    grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
     exchanges = [layer.exchange for layer in layers if layer.exchange is not None]
+    has_others = len(grouped) < len(layers)  # other experts do not follow capacities
     if exchanges:
-        for exchange, *capacity in zip(exchanges, capacities[::2], capacities[1::2], strict=True):
-            exchange.capacity = Capacity(*capacity)
-        return
+        return not has_others and _set_exchanges(exchanges, capacities, num_tokens)
     for layer, capacity in zip(layers, capacities, strict=True):
         layer.row_capacity = capacity
-    grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
-    if len(grouped) < len(layers) or not grouped:
-        return  # other experts do not follow capacities
+    if has_others or not grouped:
+        return True
     in_chunks = layers_in_chunks(capacities, grouped[0].row_cap(num_tokens))
     for experts, chunked in zip(grouped, in_chunks, strict=True):
         experts.keeps_all_rows = not chunked
+    return True
+
+
+def _set_exchanges(exchanges: Sequence[Exchange], capacities: Sequence[int], num_tokens: int) -> bool:
+    """The same on all ranks, as their capacities are."""
+    room = [Capacity(rows, pairs) for rows, pairs in zip(capacities[::2], capacities[1::2], strict=True)]
+    if not all(exchange.has_room(one, num_tokens) for exchange, one in zip(exchanges, room, strict=True)):
+        return False
+    for exchange, one in zip(exchanges, room, strict=True):
+        exchange.capacity = one
+    return True

@@ -1,7 +1,7 @@
-"""What torch.compile makes of a step: one graph where a pass exchanges nothing; elsewhere the parts that do not.
+"""What torch.compile makes of a step: one graph (ParallelConfig.graph: "whole", or "known" rows), or its parts.
 
-FSDP gathers a unit's parameters around its forward pass, and an exchange waits for counts: graphs end there. Layers
-share graphs, as their parameters are inputs.
+FSDP gathers a unit's parameters around its forward pass, and an exchange whose rows are not known waits for counts:
+graphs end there. Layers share graphs, as their parameters are inputs.
 """
 
 import warnings

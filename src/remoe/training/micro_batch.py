@@ -42,8 +42,8 @@ class Measured(NamedTuple):
     counts: RoutingCounts | None
     """All ranks' counts; None for a model without MoE layers."""
     needs_C: Tensor | None
-    """What this rank's row capacities had to hold, of the micro-batch that needed most, each by itself: every layer's
-    active pairs, or where ranks share experts its `Routing.needs`."""
+    """What each of this rank's C row capacities had to hold, of the micro-batch that needed most: every layer's active
+    pairs, or where ranks share experts its `Routing.needs`."""
     overflow: Tensor | None
     """0-dim bool: a layer had more pairs than rows; None where none has a row capacity."""
     observed: Observed

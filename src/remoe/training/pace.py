@@ -2,7 +2,9 @@
 
 All processes of a run take the same time for a step, for each waits for the slowest. What differs is the time of their
 own work: of attention and experts between the exchanges, in the forward pass of a logged step, and the wait for the
-next batch. A GPU marks the times on its stream and they are read one logged step later, so that no step waits.
+next batch. Where a pass is one graph, it is that of the backward pass as a whole, which waits for no other process
+unless ranks share experts. A GPU marks the times on its stream and they are read one logged step later, so that no step
+waits.
 """
 
 import time
@@ -37,16 +39,19 @@ class HostMark:
 
 
 class Pace:
-    """Times the own work of one of several processes. Must be built after the model is spread over them."""
+    """Times the own work of one of several processes. Must be built after the model is spread over them.
 
-    def __init__(self, model: ReMoEForCausalLM, device: torch.device) -> None:
+    With `is_one_graph` that is what is done inside `span`: hooks do not go into a graph.
+    """
+
+    def __init__(self, model: ReMoEForCausalLM, device: torch.device, is_one_graph: bool = False) -> None:
         self._device = device
         self._is_on = False
         self._begun: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []  # HostMarks or CUDA events
         self._waits: list[float] = []
         self._seconds = float("nan")
-        for module in work_without_exchange(model):
+        for module in () if is_one_graph else work_without_exchange(model):
             module.register_forward_pre_hook(self._begin)  # after FSDP's, which gathers the parameters
             module.register_forward_hook(self._end, prepend=True)
 
@@ -66,6 +71,13 @@ class Pace:
         yield
         self._is_on = False
 
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """Own work of a step that is measured."""
+        self._begin()
+        yield
+        self._end()
+
     def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches; the time until each comes counts."""
         since = time.perf_counter()
@@ -74,11 +86,11 @@ class Pace:
             yield batch
             since = time.perf_counter()
 
-    def _begin(self, module: nn.Module, inputs: object) -> None:
+    def _begin(self, *hooked: object) -> None:
         if self._is_on:
             self._begun.append(self._mark())
 
-    def _end(self, module: nn.Module, inputs: object, output: object) -> None:
+    def _end(self, *hooked: object) -> None:
         if self._is_on:
             self._spans.append((self._begun.pop(), self._mark()))
 

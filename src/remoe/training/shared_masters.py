@@ -37,18 +37,17 @@ class SharedMasterWeights:
                 matrix.register_post_accumulate_grad_hook(self._absorb)
 
     def zero_sums(self) -> None:
-        """Forget what experts have added."""
+        """Forget what passes have added."""
         if self._experts_sums:
             torch._foreach_zero_(list(self._experts_sums.values()))
+        self._drop_gradients()
 
     def complete_gradients(self) -> None:
         """Give each master its part of the sum of all ranks' gradients, which they let go of. Once a step."""
         own = self._experts_sums | self._sums
         gradients = ((shared, own.get(parameter, parameter.grad)) for parameter, shared in self._shared.items())
         sum_gradients((shared, gradient) for shared, gradient in gradients if gradient is not None)
-        self._sums.clear()
-        for parameter in self._shared:
-            parameter.grad = None
+        self._drop_gradients()
 
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by name, those that are trained replaced by this rank's part."""
@@ -61,6 +60,11 @@ class SharedMasterWeights:
     def update_model(self) -> None:
         """Gather the masters into the model, after they have changed."""
         gather_weights(self._shared.values())
+
+    def _drop_gradients(self) -> None:
+        self._sums.clear()
+        for parameter in self._shared:
+            parameter.grad = None
 
     def _absorb(self, matrix: nn.Parameter) -> None:
         """Add a gradient that has just come to those before it."""

@@ -5,7 +5,8 @@ weights, optimizer, coefficient and the routers' own running state stay as they 
 more rows than its capacity, with all steps after it, until the caller has them run again (see `ahead`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ class Stepper:
             check_capturable(self.device, self.layers)
         self.graphed = GraphedPass(self._pass, self.device, self._zero_gradients) if loop.cuda_graphs else None
         self.optimizer = build_optimizer(self.weights.values(), self.config.optimizer)
+        self.around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._knows_rows = False
         self.overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -105,13 +108,18 @@ class Stepper:
         if penalty == "sparsity_l1" and uses_previous_loads(self.config):
             self.loads_LE = torch.zeros(model.num_moe_layers, model.moe.routed_experts, device=self.device)
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether passes are compiled as one graph, always or once their rows are known."""
+        return self.compiled_loss is not None
+
     def run(self, batch: Batch, step: int) -> Values:
         """Train on this rank's rows of a batch as step number `step`; what all ranks measured, still on the device."""
         self.ranks.seed_step(self.config.seed, step)
         coef = self.controller.coef if self.controller else None
         self._zero_gradients()
         num_tokens = self.micro_batch * self.config.data.sequence_length // self.ranks.sequence_size
-        with row_capacities(self.layers, self.row_capacities, num_tokens):
+        with row_capacities(self.layers, self.row_capacities, num_tokens) as self._knows_rows:
             measured = self._forward_backward(batch, coef)
         if self.masters is not None:
             self.masters.complete_gradients()
@@ -160,10 +168,11 @@ class Stepper:
 
     def _pass(self, batch: Batch, weighing: Weighing) -> Measured:
         """Forward and backward of a micro-batch on the device."""
-        is_known = self.ranks.graph == "whole" or self.row_capacities is not None
-        loss = self.compiled_loss if self.compiled_loss is not None and is_known else self.loss
+        is_one_graph = self.ranks.graph == "whole" or (self.ranks.graph == "known" and self._knows_rows)
+        loss = self.compiled_loss if self.compiled_loss is not None and is_one_graph else self.loss
         measured = loss(batch, weighing)
-        measured.values["loss"].backward()
+        with self.around_backward():
+            measured.values["loss"].backward()
         return measured.detached()
 
     def _zero_gradients(self) -> None:
@@ -188,7 +197,7 @@ class Stepper:
         """Whether the step must leave no trace: not finite, or void for want of rows, its own or an earlier step's."""
         if overflow is None and self.ranks.size == 1:
             return is_bad | self.overflowed
-        own = torch.zeros_like(self.overflowed) if overflow is None else overflow  # each rank has its own capacities
+        own = torch.zeros_like(self.overflowed) if overflow is None else overflow  # ranks need not overflow together
         self.overflowed |= self.ranks.total({"overflow": own.to(torch.int64)})["overflow"] > 0
         return is_bad | self.overflowed
 

@@ -70,7 +70,9 @@ class Trainer:
         self.sampler = Sampler(corpus.train, length, loop.batch_size, config.seed)
         self.flips = self._flip_meter()
         model: Any = stepper.model
-        self.pace = Pace(model, stepper.device) if world_size() > 1 else None
+        self.pace = Pace(model, stepper.device, stepper.has_graph) if world_size() > 1 else None
+        if self.pace is not None and stepper.has_graph:
+            stepper.around_backward = self.pace.span
 
     @property
     def checkpoints(self) -> Path:
@@ -84,6 +86,9 @@ class Trainer:
         self.stepper.update_model()
         self.step = self.saved_step = start.step
         self.best = start.record["best"]
+        before = start.record["config"].get("parallel", {}).get("sharded", self.config.parallel.sharded)
+        if self.ranks.size > 1 and before != self.config.parallel.sharded:
+            self.reporter.message(f"parallel.sharded was {before} so far and is {self.config.parallel.sharded} now")
         device = self.stepper.device
         if start.record["device"] == device.type:
             states = random_state(device)

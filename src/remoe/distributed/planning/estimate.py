@@ -64,5 +64,6 @@ def layouts(job: Job, num_gpus: int) -> Iterator[ParallelConfig]:
     kinds = ("parameters", "optimizer") if num_gpus > 1 else ("parameters",)
     for pipeline, copies, (key, ranks), expert, sharded in product(stages, sizes, sequences, sizes, kinds):
         named = {"pipeline": pipeline, "data_replicate": copies, "expert": expert, key: ranks}
-        if (parallel := job.layout(num_gpus, sharded, **named)) is not None:
+        parallel = job.layout(num_gpus, sharded, **named)
+        if parallel is not None and (sharded == "parameters" or parallel.shared_by > 1):
             yield parallel

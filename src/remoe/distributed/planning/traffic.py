@@ -7,6 +7,8 @@ from remoe.distributed.config import ParallelConfig
 from remoe.distributed.planning.job import Job
 from remoe.distributed.planning.routes import rows_sent
 
+PADDED = 9 / 8
+"""Rows that are exchanged without waiting, over those that are needed: the margin of row capacities."""
 HANDED_BYTES = 4
 """Hidden states, router states and the loss so far go from stage to stage in fp32."""
 
@@ -110,6 +112,8 @@ def _all_to_all(job: Job, parallel: ParallelConfig, active_experts: int) -> floa
     a_row = 4 * job.compute_bytes * model.hidden_size + own_experts * (1 + 2 * 4)
     rows_of_token = rows_sent(job, parallel, active_experts)
     in_parts = rows_of_token > parallel.expert_rows * model.moe.routed_top_k
+    if job.is_one_graph(parallel):
+        rows_of_token *= PADDED
     if job.activation_checkpointing == "full" or in_parts:
         a_row += 2 * job.compute_bytes * model.hidden_size  # both ways again
     return model.num_moe_layers * tokens * rows_of_token * a_row * _passed_on(parallel.expert)

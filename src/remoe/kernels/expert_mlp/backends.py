@@ -15,6 +15,8 @@ NAMES = ("auto", "triton", "grouped_mm", "plain")
 """auto: the fastest there is; triton: our kernels (GPU, bf16, fp16, fp32); grouped_mm: torch's grouped product (GPU,
 bf16); plain: one matrix product an expert, anywhere."""
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Of hidden_TH, weights_TE, gate_up_proj and down_proj; None for a matrix whose gradient was added to its sum."""
@@ -54,7 +56,7 @@ def _usable(device: str, dtype: torch.dtype, is_aligned: bool) -> tuple[str, ...
     """Names of the back-ends that can run, the best first."""
     names: list[str] = []
     if device == "cuda" and is_aligned:  # blocks are read along rows of 16 bytes
-        if find_spec("triton") and dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if find_spec("triton") and dtype in TRITON_DTYPES:
             names.append("triton")
         if dtype == torch.bfloat16:
             names.append("grouped_mm")

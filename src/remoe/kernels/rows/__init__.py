@@ -6,15 +6,13 @@ Both are gathers (the sum runs over lists, not through atomics), so forward and 
 # pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 # (torch.library has no precise types)
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from remoe.kernels.expert_mlp.backends import TRITON_DTYPES
 from remoe.kernels.expert_mlp.combine import gather_sum
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.library.custom_op("remoe::dispatch_rows", mutates_args=())
@@ -31,11 +29,11 @@ def combine_rows(rows_NH: Tensor, token_N: Tensor, row_N: Tensor, token_offsets:
 
 @combine_rows.register_kernel("cuda")
 def _(rows_NH: Tensor, token_N: Tensor, row_N: Tensor, token_offsets: Tensor) -> Tensor:
-    if rows_NH.dtype not in KERNEL_DTYPES or find_spec("triton") is None:
+    if rows_NH.dtype not in TRITON_DTYPES:
         return gather_sum(rows_NH, row_N, token_offsets)
     from remoe.kernels.rows.kernel import combine_rows_triton  # triton is an extra: first needed on a GPU
 
-    return combine_rows_triton(rows_NH, row_N, token_offsets)
+    return combine_rows_triton(rows_NH.contiguous(), row_N, token_offsets)
 
 
 @dispatch_rows.register_fake
