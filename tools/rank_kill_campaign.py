@@ -31,6 +31,8 @@ LAYOUTS: dict[str, list[str]] = {
     "context": ["parallel.context=2"],
     "tensor": ["parallel.tensor=2"],
     "pipeline": ["parallel.pipeline=2"],
+    "optimizer": ["parallel.sharded=optimizer"],
+    "optimizer-experts": ["parallel.sharded=optimizer", "parallel.expert=2"],
 }
 SETTINGS = """
 model: {hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, intermediate_size: 32, num_experts: 4,
