@@ -151,11 +151,11 @@ def test_every_router_in_pipelines_has_the_numbers_of_one_process(
 
 @pytest.mark.slow
 def test_compiled_parts_have_the_same_numbers_and_layers_share_their_graphs(results_of: Callable[..., Any]):
-    everyone = results_of(2, "compiled_steps", timeout=900)["compiled_steps"]
-    known_rows = [found.pop("known rows") for found in everyone]
+    results = results_of(2, "compiled_steps", "compiled_known_rows", timeout=900)
+    everyone = results["compiled_steps"]
     for found in everyone:
         check([{case: step for layout in found.values() for case, step in layout["steps"].items()}], len(COMPILED))
-    for found in known_rows:
+    for found in results["compiled_known_rows"]:
         assert all(case["step"]["gradient"][0] < TOLERANCE for case in found.values())
         assert found["known"]["graphs"] == 1, "the whole pass"
         assert all(case["own seconds"] > 0 for case in found.values())

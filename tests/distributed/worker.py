@@ -19,6 +19,7 @@ from remoe.distributed.world import rank, world_size
 sys.path.insert(0, str(Path(__file__).parent))
 import cases_checkpoint
 import cases_exchange
+import cases_known_rows
 import cases_numbers
 import cases_pace
 import cases_pipeline
@@ -27,6 +28,7 @@ import cases_ranks
 CASES: dict[str, Callable[[], Any]] = {
     **cases_checkpoint.CASES,
     **cases_exchange.CASES,
+    **cases_known_rows.CASES,
     **cases_numbers.CASES,
     **cases_pipeline.CASES,
     **cases_pace.CASES,
