@@ -4,6 +4,7 @@
 # (torch.library has no precise types)
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,14 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """(output, input, group=..., async_op=...): the ranks' inputs, one after the other."""
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 """(output, input, group=..., async_op=...): this rank's piece of the sum of the ranks' inputs."""
-_GROUPS: dict[str, dist.ProcessGroup] = {}
-"""Those that ops name, for an op takes no group; torch's own lookup by name is private."""
+_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+"""Those that ops name, for an op takes no group; torch's own lookup by name is private. Weak, for a group must end
+before the interpreter does: gloo's threads need Python until then.
+"""
 
 
 def known_to_ops(group: dist.ProcessGroup) -> str:
-    """A name by which `exchange_evenly` finds the group."""
+    """A name by which `exchange_evenly` finds the group, as long as the caller keeps it."""
     _GROUPS[group.group_name] = group
     return group.group_name
 
