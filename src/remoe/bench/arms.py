@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from remoe.data import Batch
 from remoe.model import ReMoEForCausalLM
-from remoe.moe import Routing
 from remoe.training.ahead import RunAhead, row_policy
 from remoe.training.capacity import WINDOW
 from remoe.training.config import TrainConfig
+from remoe.training.counts import count
 from remoe.training.master_weights import MasterWeights
+from remoe.training.micro_batch import needs_of
 from remoe.training.step import Stepper
 
 
@@ -79,14 +80,11 @@ class OurArm:
         for part_BS in batch.tokens_BS.split(self.stepper.micro_batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 routings = self.stepper.model(part_BS.to(device)).routings
-            of_layers = [_of_layer(routing) for routing in routings if routing is not None]
-            needs.append(torch.cat(of_layers))
-        return [int(count) for count in self.stepper.capacity_needs(torch.stack(needs).amax(0))]
-
-
-def _of_layer(routing: Routing) -> Tensor:
-    """What capacities must hold: a layer's active pairs, or where ranks share its experts what the exchange says."""
-    return routing.routing_map_TE.sum()[None] if routing.needs is None else routing.needs
+            of_layers = [routing for routing in routings if routing is not None]
+            counts = count(of_layers)
+            assert counts is not None, "there is a layer that has capacities"
+            needs.append(needs_of(of_layers, counts))
+        return [int(need) for need in self.stepper.capacity_needs(torch.stack(needs).amax(0))]
 
 
 def stepper_of(config: TrainConfig, model: ReMoEForCausalLM, device: torch.device) -> Stepper:

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 SHOWN = 12
-SIZES = ("data_replicate", "data_shard", "expert", "tensor", "context", "pipeline")
-SHARDED = "sharded"
+LAYOUT = ("data_replicate", "data_shard", "expert", "tensor", "context", "pipeline", "sharded")
 
 
 def layouts_values(run: "TrainConfig", num_gpus: int) -> dict[str, Any]:
@@ -60,9 +59,7 @@ def layouts_text(values: Mapping[str, Any]) -> str:
 
 
 _COSTS = ("micro-batch", "memory", "at start", "gathers", "all-to-all", "to stages", "bubble", "step", "tokens/s")
-_HEAD = (*SIZES, SHARDED, *_COSTS)
-
-
+_HEAD = (*LAYOUT, *_COSTS)
 _NOTHING = ("1", "0.00 GiB", "0%")
 
 
@@ -77,7 +74,7 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     sizes = [memory["total"], memory["total_at_start"], *(traffic[key] for key in ("gathers", "all_to_all", "stages"))]
     rate = f"{one['tokens_per_second']:,.0f}" if one["fits"] else "does not fit"
     return (
-        *(str(one["parallel"][key]) for key in (*SIZES, SHARDED)),
+        *(str(one["parallel"][key]) for key in LAYOUT),
         str(one["micro_batch_size"]),
         *(f"{size / GIB:.2f} GiB" for size in sizes),
         f"{seconds['bubble'] / seconds['total']:.0%}",

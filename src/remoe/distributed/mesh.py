@@ -38,7 +38,11 @@ class Meshes(NamedTuple):
         expert, expert_data, every_expert, sequence, heads_data, stages = None, None, None, None, None, None
         if parallel.expert > 1:
             whole = _arrange(parallel, device, ranks // parallel.expert, parallel.expert, "expert")
-            expert, expert_data, every_expert = whole["expert"], _outer_of(whole, copies), _with_experts(whole, copies)
+            expert, expert_data, every_expert = (
+                whole["expert"],
+                _outer_of(whole, copies),
+                _outer_of(whole, copies, "expert"),
+            )
         if parallel.sequence_ranks > 1:
             whole = _arrange(parallel, device, parallel.shards, parallel.sequence_ranks, "sequence")
             sequence, heads_data = whole["sequence"], _outer_of(whole, copies)
@@ -60,9 +64,5 @@ def _mesh(parallel: ParallelConfig, device: torch.device, **sizes: int) -> Devic
     return mesh
 
 
-def _outer_of(mesh: DeviceMesh, copies: int) -> DeviceMesh:
-    return mesh["replicate", "outer"] if copies > 1 else mesh["outer"]
-
-
-def _with_experts(mesh: DeviceMesh, copies: int) -> DeviceMesh:
-    return mesh["replicate", "outer", "expert"] if copies > 1 else mesh["outer", "expert"]
+def _outer_of(mesh: DeviceMesh, copies: int, *inner: str) -> DeviceMesh:
+    return mesh["replicate", "outer", *inner] if copies > 1 else mesh["outer", *inner]

@@ -100,8 +100,7 @@ class MicroBatchLoss:
         coef = self.objective.spare_starving(counts, weighing.coef)
         values = {"loss": lm + self.share * self.objective.penalties(terms, coef), "lm_loss": lm}
         values |= {name: self.share * term_L for name, term_L in terms.items()}
-        needs = [routing.needs for routing in routings if routing.needs is not None]
-        needs_C = torch.cat(needs) if needs else own_counts.active_L if own_counts else None
+        needs_C = needs_of(routings, own_counts) if own_counts else None
         observed = router_hooks.observe(self.routers, routings, self.share)
         return Measured(values, counts, needs_C, any_overflow(routings), observed)
 
@@ -115,6 +114,12 @@ class MicroBatchLoss:
         """The loads of all ranks' micro-batches together, where a routing's own are not the same."""
         is_shared = self.ranks.size > 1 and self.config.sparsity.mode == "paper"
         return counts.loads_LE if counts and is_shared and self.config.sparsity.loads != "micro_batch" else None
+
+
+def needs_of(routings: Sequence[Routing], counts: RoutingCounts) -> Tensor:
+    """What row capacities must hold [C]: each layer's active pairs, or where ranks share experts what exchanges say."""
+    needs = [routing.needs for routing in routings if routing.needs is not None]
+    return torch.cat(needs) if needs else counts.active_L
 
 
 def any_overflow(routings: Sequence[Routing]) -> Tensor | None:

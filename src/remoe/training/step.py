@@ -168,7 +168,7 @@ class Stepper:
 
     def _pass(self, batch: Batch, weighing: Weighing) -> Measured:
         """Forward and backward of a micro-batch on the device."""
-        is_one_graph = self.ranks.graph == "whole" or (self.ranks.graph == "known" and self._knows_rows)
+        is_one_graph = self.ranks.graph == "whole" or self._knows_rows
         loss = self.compiled_loss if self.compiled_loss is not None and is_one_graph else self.loss
         measured = loss(batch, weighing)
         with self.around_backward():

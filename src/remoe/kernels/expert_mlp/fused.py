@@ -304,9 +304,8 @@ def _gather(call: Call, chunk: Chunk, x_TH: Tensor) -> Tensor:
 def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weighted: bool, add: bool) -> None:
     _, _, row_N, _, token_offsets = call.lists
     num_tokens = out_TH.shape[0]
-    block_h = min(1024, triton.next_power_of_2(call.hidden_size))
-    block_s = max(1, min(8, triton.next_power_of_2(call.num_rows // max(1, num_tokens))))
-    rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, block_h))](
+    blocks = rows.combine_blocks(call.num_rows, num_tokens, call.hidden_size)
+    rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, blocks["BLOCK_H"]))](
         rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size,
-        chunk.first, chunk.size, BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=weighted, ADD=add,
+        chunk.first, chunk.size, WEIGHTED=weighted, ADD=add, **blocks,
     )  # fmt: skip

@@ -75,6 +75,12 @@ def combine_kernel(
     tl.store(out, sum_H.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
+def combine_blocks(num_rows: int, num_tokens: int, hidden_size: int) -> dict[str, int]:
+    """Block sizes of `combine_kernel`, which runs a program for each token and BLOCK_H numbers."""
+    rows_of_token = triton.next_power_of_2(num_rows // max(1, num_tokens))
+    return {"BLOCK_S": max(1, min(8, rows_of_token)), "BLOCK_H": min(1024, triton.next_power_of_2(hidden_size))}
+
+
 @triton.jit
 def swiglu_bwd_kernel(
     act_ptr, up_ptr, grad_up_ptr, weights_ptr, pair_ptr, grad_weights_ptr, end_ptr, F, first_row, num_rows,

@@ -3,7 +3,7 @@
 import triton
 from torch import Tensor
 
-from remoe.kernels.expert_mlp.rows_kernels import combine_kernel
+from remoe.kernels.expert_mlp.rows_kernels import combine_blocks, combine_kernel
 
 
 def combine_rows_triton(rows_NH: Tensor, row_N: Tensor, token_offsets: Tensor) -> Tensor:
@@ -12,10 +12,9 @@ def combine_rows_triton(rows_NH: Tensor, row_N: Tensor, token_offsets: Tensor) -
     out_TH = rows_NH.new_empty((num_tokens, hidden_size))
     if num_tokens == 0 or num_rows == 0:
         return out_TH.zero_()
-    block_h = min(1024, triton.next_power_of_2(hidden_size))
-    block_s = max(1, min(8, triton.next_power_of_2(num_rows // num_tokens)))
-    combine_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
+    blocks = combine_blocks(num_rows, num_tokens, hidden_size)
+    combine_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BLOCK_H"]))](
         rows_NH, row_N, token_offsets, rows_NH, row_N, out_TH, hidden_size, 0, num_rows,
-        BLOCK_S=block_s, BLOCK_H=block_h, WEIGHTED=False, ADD=False,
+        WEIGHTED=False, ADD=False, **blocks,
     )  # fmt: skip
     return out_TH
