@@ -25,7 +25,7 @@ from remoe.bench import machine, steady
 from remoe.bench.arms import OurArm, collect_garbage
 from remoe.bench.clock import Clock
 from remoe.bench.fresh import fresh_model, random_batch
-from remoe.bench.model import with_sizes
+from remoe.bench.model import peak_tflops, with_sizes
 from remoe.bench.profile import kernels_of
 from remoe.data import Batch
 from remoe.distributed import launch
@@ -34,6 +34,7 @@ from remoe.distributed.config import ParallelConfig, resolve_parallel
 from remoe.distributed.ranks import Ranks
 from remoe.distributed.world import is_first, world_size
 from remoe.model import ReMoEForCausalLM
+from remoe.model.size import flops_per_token
 from remoe.recipes import read_config
 from remoe.training.config import TrainConfig
 from remoe.training.setup import pick_device
@@ -141,6 +142,9 @@ def measure(
         "active_experts": sum(values["active"]) / sum(values["tokens"]) if "active" in values else None,
         "loss": values["lm_loss"],
     }
+    peak = peak_tflops(device)
+    if peak is not None:
+        row["mfu"] = flops_per_token(own.model, length) * row["tokens_per_second"] / ranks.size / peak / 1e12
     if options.profile:
         row["profile"] = kernels_of(arm.step, Clock(device))[:KERNELS]
     del stepper, arm

@@ -74,7 +74,7 @@ def test_every_refusal_of_a_layout_is_in_the_table():
 @pytest.mark.xdist_group("distributed")
 def test_every_command_of_the_page_runs_as_written(tmp_path: Path):
     commands = "".join(blocks("how-to/scale-out.md", "sh")).splitlines()
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         run_line(command, tmp_path)
     assert Run.open(tmp_path / "runs" / "two").step == 10

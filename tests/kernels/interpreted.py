@@ -20,6 +20,8 @@ from remoe.kernels.dispatch_lists.kernel import dispatch_lists_triton
 from remoe.kernels.expert_mlp import fused, per_expert
 from remoe.kernels.expert_mlp.combine import gather_sum
 from remoe.kernels.expert_mlp.tiles import Choices, Tiles
+from remoe.kernels.router_logits import reference as router_reference
+from remoe.kernels.router_logits.kernel import gradients_triton, router_logits_triton
 from remoe.kernels.rows.kernel import combine_rows_triton
 
 SHAPES = [(1, 1, 8, 8), (7, 3, 8, 16), (40, 8, 24, 48)]  # tokens, experts, hidden, ffn
@@ -92,6 +94,18 @@ def combine_error(tokens, experts, density):
     return (combine_rows_triton(rows_NH, place_N, token_offsets) - expected).abs().max().item()
 
 
+def router_errors(tokens, experts, hidden, dtype):
+    """Largest errors of a router's logits and both gradients."""
+    generator = torch.Generator().manual_seed(3)
+    hidden_TH = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weight_EH, grad_TE = torch.randn(experts, hidden, generator=generator), torch.randn(tokens, experts)
+    exact = hidden_TH.double(), weight_EH.double()
+    found = router_logits_triton(hidden_TH, weight_EH), *gradients_triton(grad_TE, hidden_TH, weight_EH)
+    expected = router_reference.router_logits(*exact), *router_reference.gradients(grad_TE.double(), *exact)
+    distances = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(found, expected, strict=True))
+    return [distance.item() for distance in distances]
+
+
 def main():
     InterpreterBuilder.create_descriptor_reduce = add_to_block
     errors = {}
@@ -105,7 +119,12 @@ def main():
     sizes = [(0, 4), (1, 1), (5, 3), (33, 1), (300, 64), (700, 8)]
     lists = {f"{size} {d}": lists_agree(*size, d) for size, d in itertools.product(sizes, (0.0, 0.3, 1.0))}
     combined = {f"{size} {d}": combine_error(*size, d) for size, d in itertools.product(sizes[1:], (0.0, 0.3, 1.0))}
-    print(json.dumps({"errors": errors, "lists": lists, "combined": combined}))
+    shapes = [(0, 4, 16), (1, 1, 8), (130, 8, 200), (257, 20, 72), (70, 64, 136)]
+    routers = {
+        f"{shape} {dtype}": router_errors(*shape, dtype)
+        for shape, dtype in itertools.product(shapes, (torch.float32, torch.float16))
+    }
+    print(json.dumps({"errors": errors, "lists": lists, "combined": combined, "routers": routers}))
 
 
 if __name__ == "__main__":

@@ -38,3 +38,10 @@ def test_sums_of_rows_that_lie_anywhere_are_those_of_the_plain_path(found):
 def test_the_lists_are_those_of_the_reference(found):
     assert len(found["lists"]) == 18
     assert all(found["lists"].values())
+
+
+def test_routers_logits_and_gradients_are_those_of_the_plain_path(found):
+    assert len(found["routers"]) == 10
+    for case, (logits, grad_hidden, grad_weight) in found["routers"].items():
+        assert max(logits, grad_weight) < 1e-6, case
+        assert grad_hidden < (1e-6 if "float32" in case else 2**-10), case  # half: rounded to its 11 bits

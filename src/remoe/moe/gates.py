@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.kernels.router_logits import is_worth_it, router_logits
+
 
 def linear_logits(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """logits_TE = X W^T + b in fp32 or wider, also under autocast: rounding near a gate's threshold flips experts."""
     dtype = torch.promote_types(weight_EH.dtype, torch.float32)
-    bias_E = None if bias_E is None else bias_E.to(dtype)
+    weight_EH, bias_E = weight_EH.to(dtype), None if bias_E is None else bias_E.to(dtype)
     with torch.autocast(hidden_TH.device.type, enabled=False):  # autocast would undo the cast
-        return F.linear(hidden_TH.to(dtype), weight_EH.to(dtype), bias_E)
+        if is_worth_it(hidden_TH, weight_EH):
+            logits_TE = router_logits(hidden_TH, weight_EH)
+            return logits_TE if bias_E is None else logits_TE + bias_E
+        return F.linear(hidden_TH.to(dtype), weight_EH, bias_E)
 
 
 def cosine_logits(

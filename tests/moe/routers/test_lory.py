@@ -122,10 +122,10 @@ def test_the_layer_and_all_its_gradients_are_those_of_the_definition():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
-def test_bf16_autocast_routes_exactly_and_merges_in_bf16():
+def test_bf16_autocast_routes_rounded_tokens_exactly_and_merges_in_bf16():
     layer = layer_of(torch.float32)
     hidden, context = torch.randn(1, 10, 8), RouterContext(sequence_start_T=starts(0, size=10))
-    plain, routing = layer(hidden, context)
+    plain, routing = layer(hidden.bfloat16().float(), context)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, same = layer(hidden, context)
     out.square().sum().backward()

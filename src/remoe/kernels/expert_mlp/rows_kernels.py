@@ -92,12 +92,14 @@ def swiglu_bwd_kernel(
     takes the place of dA.
     """
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    is_row = row_R < tl.minimum(tl.load(end_ptr) - first_row, num_rows)
+    end = tl.minimum(tl.load(end_ptr) - first_row, num_rows)
+    is_row = row_R < end
+    width = tl.where(tl.program_id(0) * BLOCK_R < end, F, 0)  # in room for more rows there is nothing to compute
     pair_R = tl.load(pair_ptr + row_R, mask=is_row, other=0)
     weight_R1 = tl.load(weights_ptr + pair_R, mask=is_row, other=0.0).to(tl.float32)[:, None]
     grad_weight_R = tl.zeros([BLOCK_R], tl.float32)
     dtype = act_ptr.dtype.element_ty
-    for f in range(0, F, BLOCK_F):
+    for f in range(0, width, BLOCK_F):
         f_F = f + tl.arange(0, BLOCK_F)
         inside = is_row[:, None] & (f_F[None, :] < F)
         at = row_R[:, None].to(tl.int64) * F + f_F[None, :]
