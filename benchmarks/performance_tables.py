@@ -249,6 +249,18 @@ def layouts(results: dict[str, Any]) -> str:
     return _markdown(header, [_layout_row(row, alone.get(row["router"])) for row in results["rows"]])
 
 
+def one_gpu(results: dict[str, Any]) -> str:
+    """Training on one GPU, as the program for several measures it."""
+    rows = [
+        [
+            row["router"], f"{statistics.median(row['step_ms']):,.0f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row['mfu']:.1%}", f"{row['active_experts']:.3f}", _size(max(row["peak_bytes"])),
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    return _markdown(("router", "step ms", "tokens/s", "MFU", "active experts", "peak GiB"), rows)
+
+
 def _layout_row(row: Row, alone: float | None) -> list[str]:
     parallel = row["parallel"] or {}
     share = None if alone is None else row["tokens_per_second"] / alone / row["ranks"]
@@ -284,8 +296,8 @@ def kernels(results: dict[str, Any]) -> str:
     """Of each profiled row of ours that is sound and works on all rows at once: kernels of a percent or more."""
     parts = []
     for row in results["rows"]:
-        is_wanted = row.get("kind") == "ours" and "profile" in row and "mismatches" not in row
-        if not is_wanted or row["candidate"] == "remoe_chunked":
+        is_wanted = row.get("kind", "ours") == "ours" and "profile" in row and "mismatches" not in row
+        if not is_wanted or row.get("candidate") == "remoe_chunked":
             continue
         lines = [
             [f"`{k['kernel'][:60]}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
@@ -293,14 +305,16 @@ def kernels(results: dict[str, Any]) -> str:
             if k["share"] >= 0.01
         ]
         table = _markdown(("kernel", "calls", "µs", "share", "rate"), lines)
-        parts.append(f"{row['candidate']} at {_profiled(row)}:\n\n{table}")
+        parts.append(f"{row.get('candidate', row.get('router'))} {_profiled(row)}:\n\n{table}")
     return "\n\n".join(parts)
 
 
 def _profiled(row: Row) -> str:
+    if "ranks" in row:
+        return f"on {row['ranks']} GPU{'s' * (row['ranks'] > 1)}, one optimizer step"
     if "shape" not in row:
-        return f"{row['model']}, one optimizer step"
-    return f"{row['shape']}, {'fixed k' if row['route'] == 'topk' else 'variable counts'}"
+        return f"at {row['model']}, one optimizer step"
+    return f"at {row['shape']}, {'fixed k' if row['route'] == 'topk' else 'variable counts'}"
 
 
 def _rates(kernel: Row) -> str:
@@ -379,6 +393,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": model,
     "ratios": ratios,
     "layouts": layouts,
+    "one-gpu": one_gpu,
     "decode": decode,
     "kernels": kernels,
     "layer-cpu": layer_cpu,

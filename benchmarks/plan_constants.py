@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = "results/gpu/model*.json"
 TARGET = ROOT / "src" / "remoe" / "distributed" / "planning" / "machine.json"
 LAYER = "results/gpu/layer.json"
+LINKS = "results/gpu/scale_out_469m_dp_relu.json"
 DEVICE_TIME, HOST_TIME = "remoe_graph", "remoe_capacity"
 """The same kernels replayed as a graph, and launched one by one: the second takes at least what the host takes."""
 MEMORY = {"H100": 79 * 2**30, "H200": 139 * 2**30}
 ASSUMED: dict[str, tuple[float, str, str]] = {
     "memory_set_aside": (4e9, "bytes", "CUDA context, NCCL buffers and fragments"),
     "gpus_per_host": (8, "GPUs", "the usual host of such GPUs"),
-    "host_link": (350e9, "bytes/s", "NCCL over NVLink between the GPUs of a host, each way"),
     "network_link": (40e9, "bytes/s", "a GPU's share of the network: 400 Gbit/s at 80 %"),
     "attention_products": (400e12, "FLOP/s", "a flash attention kernel, forward and backward"),
     "fp32_products": (40e12, "FLOP/s", "routers, in fp32 without tensor cores"),
@@ -56,6 +56,7 @@ def constants(layer: dict[str, Any]) -> dict[str, Any]:
         **fitted(layer),
     }
     entries = {key: entry(*value, f"{LAYER}: ") for key, value in measured.items()}
+    entries["host_link"] = entry(*host_link(), f"{LINKS}: ")
     memory = next(size for word, size in MEMORY.items() if word in layer["gpus"][0])
     entries["memory"] = entry(memory, "bytes", "what torch reports of this card", "assumed: ")
     entries |= {key: entry(*value, "assumed: ") for key, value in ASSUMED.items()}
@@ -63,6 +64,14 @@ def constants(layer: dict[str, Any]) -> dict[str, Any]:
     for key, is_compiled in (("block_passes", True), ("eager_block_passes", False)):
         entries[key] = entry(*block_passes(values, key, is_compiled), f"{MODELS}: ")
     return values
+
+
+def host_link() -> tuple[float, str, str]:
+    """What leaves a GPU in a second, each way."""
+    about = json.loads((ROOT / LINKS).read_text())["machine"]
+    rates = about["links_gb_per_second"]
+    num, names = len(about["gpus"]), ", ".join(rates)
+    return 1e9 * statistics.median(rates.values()), "bytes/s", f"median of {names} between {num} GPUs of a host"
 
 
 def block_passes(values: dict[str, Any], key: str, is_compiled: bool) -> tuple[float, str, str]:

@@ -54,6 +54,19 @@ def test_a_settled_relu_model_gives_each_expert_its_share_and_tokens_different_n
     assert map_TE.sum(1).unique().tolist()[:3] == [0, 1, 2]
 
 
+def test_experts_work_in_parts_while_routers_are_set_and_as_before_after_that(model, run_config):
+    tokens_BS = random_batch(run_config.model, 16, 64, seed=0).tokens_BS
+    experts, caps = model.model.layers[-1].mlp.experts, []
+    experts.keeps_all_rows = True
+    experts.register_forward_pre_hook(lambda module, _: caps.append((module.keeps_all_rows, module.row_cap(2**20))))
+    before = experts.row_cap(2**20)
+    steady.share_a_direction(model)
+    steady.settle(model, tokens_BS)
+    assert caps == [(False, 2**16)]
+    assert experts.keeps_all_rows
+    assert experts.row_cap(2**20) == before
+
+
 def test_settling_evens_the_loads_of_top_k(model, run_config):
     twin = twin_with_router(model, "topk")
     steady.share_a_direction(model)

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from remoe.errors import ConfigError
 from remoe.model import ReMoEForCausalLM
 from remoe.moe import MoE, moe_layers
+from remoe.moe.experts import GroupedExperts
 
 ROUTERS = ("relu", "topk")
+_ROWS_AT_A_TIME = 1 / 16
+"""A token, while routers are set."""
 
 
 @torch.no_grad()
@@ -35,7 +38,8 @@ def settle(model: ReMoEForCausalLM, tokens_BS: Tensor) -> None:
     Tokens of one random sequence are alike in deep layers, so few sequences are few samples: on others up to a tenth
     more gates opened.
     """
-    with _settled_before_use(settable_layers(model)):
+    layers = settable_layers(model)
+    with _settled_before_use(layers), _in_chunks(layers):
         model(tokens_BS, logits_to_keep=1)
 
 
@@ -56,6 +60,20 @@ def _settled_before_use(layers: list[MoE]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _in_chunks(layers: list[MoE]) -> Iterator[None]:
+    """Let experts work off a benchmark's tokens, many micro-batches at once, in parts: memory is short beside a state."""
+    grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
+    before = [(experts.kept_rows_per_token, experts.keeps_all_rows) for experts in grouped]
+    for experts in grouped:
+        experts.kept_rows_per_token, experts.keeps_all_rows = _ROWS_AT_A_TIME, False
+    try:
+        yield
+    finally:
+        for experts, (kept_rows, keeps_all) in zip(grouped, before, strict=True):
+            experts.kept_rows_per_token, experts.keeps_all_rows = kept_rows, keeps_all
 
 
 def _hook(layer: MoE) -> Any:
