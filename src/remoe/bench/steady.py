@@ -64,7 +64,7 @@ def _settled_before_use(layers: list[MoE]) -> Iterator[None]:
 
 @contextmanager
 def _in_chunks(layers: list[MoE]) -> Iterator[None]:
-    """Let experts work off a benchmark's tokens, many micro-batches at once, in parts: memory is short beside a state."""
+    """Let experts work off all tokens, which are many micro-batches, in parts: memory may be short."""
     grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
     before = [(experts.kept_rows_per_token, experts.keeps_all_rows) for experts in grouped]
     for experts in grouped:

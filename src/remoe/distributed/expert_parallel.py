@@ -29,7 +29,6 @@ from remoe.distributed.collectives import all_gather, exchange_evenly, known_to_
 from remoe.kernels.rows import combine_rows, dispatch_rows
 from remoe.moe import MoE, Routing
 from remoe.moe.dispatch import DispatchPlan, plan
-from remoe.moe.experts import compute_dtype
 from remoe.moe.layer import Capacity
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -118,7 +117,7 @@ class ExpertExchange:
         """
         by_rank = plan(self._map_of_ranks(map_TE), sum(announced.splits.sent))
         lists = (by_rank.token_N, by_rank.row_N, by_rank.token_offsets)
-        hidden_MH = dispatch_rows(hidden_TH.to(compute_dtype(hidden_TH)), *lists)
+        hidden_MH = dispatch_rows(hidden_TH, *lists)
         gates_M2e = self._gates(map_TE, weights_TE).index_select(0, by_rank.pair_N)
         map_Ne, weights_Ne = _opened(exchange_rows(gates_M2e, announced.splits, self.group))
         hidden_NH = exchange_rows(hidden_MH, announced.splits, self.group)
@@ -133,7 +132,7 @@ class ExpertExchange:
         by_rank = plan(map_TR, rows * self.num_ranks)
         pair_M, is_row_M, slot_N = _slots(by_rank, self.num_ranks, rows)
         lists = (pair_M // self.num_ranks, slot_N, by_rank.token_offsets)
-        hidden_MH = dispatch_rows(hidden_TH.to(compute_dtype(hidden_TH)), *lists)
+        hidden_MH = dispatch_rows(hidden_TH, *lists)
         gates_M2e = self._gates(map_TE, routing.weights_TE).index_select(0, pair_M) * is_row_M[:, None]
         map_Ne, weights_Ne = _opened(exchange_evenly(gates_M2e, self.group_name))
         here = plan(map_Ne, min(pairs, map_Ne.numel()))

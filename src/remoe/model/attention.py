@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from remoe.kernels.rotary_angles import rotary_angles
 from remoe.model.cache import AnyCache, CacheWindow
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear, in_compute_dtype
+from remoe.model.linear import Linear
 from remoe.model.placement import Placement
 from remoe.model.rotary import rotate
 from remoe.model.sequence import WHOLE, WholeSequence
+from remoe.moe.experts import in_compute_dtype
 
 
 class AttentionInputs(NamedTuple):

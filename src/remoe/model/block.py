@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from remoe.model.attention import Attention, AttentionInputs
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear, in_compute_dtype
+from remoe.model.linear import Linear
 from remoe.moe import MoE, RouterContext, Routing
+from remoe.moe.experts import in_compute_dtype
 
 
 class DenseMLP(nn.Module):

@@ -1,6 +1,5 @@
 """Layers without initial values of their own: init.py draws them all, each from its own generator."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,9 +25,3 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: the model draws every parameter once, at the end."""
-
-
-def in_compute_dtype(hidden: Tensor) -> Tensor:
-    """Cast once where autocast is on: it would make and keep one copy for each projection that reads the tensor."""
-    device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden

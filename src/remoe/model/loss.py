@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remoe.kernels.linear_cross_entropy import NO_LABEL, linear_cross_entropy
-from remoe.model.linear import in_compute_dtype
+from remoe.moe.experts import in_compute_dtype
 
 
 class Head(NamedTuple):

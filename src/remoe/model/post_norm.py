@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear, in_compute_dtype
+from remoe.model.linear import Linear
 from remoe.model.relative_attention import RelativeAttention, RelativeInputs
 from remoe.moe import MoE, RouterContext, Routing
+from remoe.moe.experts import in_compute_dtype
 from remoe.moe.initial import Constant, Initial, Normal, Uniform
 
 

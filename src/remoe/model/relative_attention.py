@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from remoe.model.cache import AnyCache
 from remoe.model.config import ReMoEConfig
-from remoe.model.linear import Linear, in_compute_dtype
+from remoe.model.linear import Linear
 from remoe.model.placement import Placement
+from remoe.moe.experts import in_compute_dtype
 from remoe.moe.initial import Initial, Normal, Uniform
 
 

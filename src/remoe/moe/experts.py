@@ -81,6 +81,11 @@ def compute_dtype(hidden_TH: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
 
 
+def in_compute_dtype(hidden: Tensor) -> Tensor:
+    """Cast once where autocast is on: it would make and keep one copy for each projection that reads the tensor."""
+    return hidden.to(compute_dtype(hidden))
+
+
 def own_part(parameter: Tensor) -> Tensor:
     """This rank's experts, where ranks share them (a DTensor); else the parameter itself."""
     to_local = getattr(parameter, "to_local", None)

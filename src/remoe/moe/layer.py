@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from remoe.errors import ConfigError
 from remoe.moe.config import MoEConfig
 from remoe.moe.dispatch import plan_of
-from remoe.moe.experts import GroupedExperts, MergedExperts, compute_dtype
+from remoe.moe.experts import GroupedExperts, MergedExperts, in_compute_dtype
 from remoe.moe.relu_experts import ReLUExperts
 from remoe.moe.routers import build_router, option_names
 from remoe.moe.routing import RouterContext, Routing
@@ -62,8 +62,7 @@ class MoE(nn.Module):
 
         Router and experts read the same tokens, in the dtype of matrix products; the router's maths is in fp32.
         """
-        hidden_TH = hidden_BSH.flatten(0, 1)
-        hidden_TH = hidden_TH.to(compute_dtype(hidden_TH))
+        hidden_TH = in_compute_dtype(hidden_BSH.flatten(0, 1))
         routing = self.router(hidden_TH, context)
         if self.exchange is not None:
             out_TH, routing = self.exchange(self.experts, hidden_TH, routing)
