@@ -53,6 +53,13 @@ def test_logits_equal_the_native_models_to_the_last_bit(build, tokens_BS, settin
 
 
 @each_router
+def test_logits_under_autocast_equal_the_native_models_too(build, tokens_BS, settings):
+    model = build(**settings)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert hf.from_native(model)(tokens_BS).logits.equal(model(tokens_BS).logits)
+
+
+@each_router
 def test_padding_is_neither_attended_to_nor_routed_nor_counted(build, tokens_BS, settings):
     model = build(**settings)
     other = hf.from_native(model)

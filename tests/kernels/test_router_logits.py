@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from remoe.kernels.router_logits import is_worth_it, reference, router_logits
+from remoe.kernels.router_logits import is_worth_it, reference, router_logits, router_logits_backward
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,9 +40,19 @@ def test_logits_and_gradients_are_those_of_a_product_in_fp64():
     assert grad_hidden < 2**-8
 
 
-def test_torch_finds_nothing_wrong_with_the_op():
-    hidden_TH, weight_EH, _ = problem(9, 4)
-    torch.library.opcheck(router_logits, (hidden_TH.detach().float().requires_grad_(), weight_EH))
+def test_torch_finds_nothing_wrong_with_the_ops():
+    hidden_TH, weight_EH, grad_TE = problem(9, 4)
+    torch.library.opcheck(router_logits, (hidden_TH, weight_EH))
+    transposed_TH = hidden_TH.detach().T.contiguous().T
+    torch.library.opcheck(router_logits_backward, (grad_TE, transposed_TH, weight_EH.detach()))
+
+
+def test_a_compiled_call_takes_any_number_of_tokens():
+    compiled = torch.compile(router_logits, dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_tokens in (9, 10, 33):
+            hidden_TH, weight_EH, _ = problem(num_tokens, 4)
+            assert torch.equal(compiled(hidden_TH, weight_EH), router_logits(hidden_TH, weight_EH))
 
 
 @pytest.mark.gpu
@@ -56,7 +66,7 @@ def test_on_a_gpu_they_are_as_close_as_a_librarys_fp32_products_and_the_same_bit
     librarys = distances(with_gradients(library_TE, hidden_TH, weight_EH, grad_TE), exact)
     own = with_gradients(router_logits(hidden_TH, weight_EH), hidden_TH, weight_EH, grad_TE)
     again = with_gradients(router_logits(hidden_TH, weight_EH), hidden_TH, weight_EH, grad_TE)
-    # A product's parts are exact up to 2^-22, beside which both round sums in fp32
+    # Both round sums in fp32; the parts of a weight leave out up to 2^-22 of it
     assert all(a <= 1.5 * b + 2**-22 for a, b in zip(distances(own, exact), librarys, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(own, again, strict=True))
 

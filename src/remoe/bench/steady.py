@@ -20,8 +20,8 @@ from remoe.moe import MoE, moe_layers
 from remoe.moe.experts import GroupedExperts
 
 ROUTERS = ("relu", "topk")
-_ROWS_AT_A_TIME = 1 / 16
-"""A token, while routers are set."""
+_KEPT_ROWS_PER_TOKEN = 1 / 16
+"""Of experts, while routers are set."""
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def _in_chunks(layers: list[MoE]) -> Iterator[None]:
     grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
     before = [(experts.kept_rows_per_token, experts.keeps_all_rows) for experts in grouped]
     for experts in grouped:
-        experts.kept_rows_per_token, experts.keeps_all_rows = _ROWS_AT_A_TIME, False
+        experts.kept_rows_per_token, experts.keeps_all_rows = _KEPT_ROWS_PER_TOKEN, False
     try:
         yield
     finally:

@@ -508,7 +508,9 @@ class ReMoESparseMoeBlock(nn.Module):
         router_cell: nn.Module | None = None,
     ) -> tuple[Tensor, ReMoERouting]:
         """The layer's output [B, S, H] and its routing over T tokens."""
-        hidden_TH = hidden_states.flatten(0, 1)
+        hidden_TH, device = hidden_states.flatten(0, 1), hidden_states.device.type
+        if torch.is_autocast_enabled(device):  # the router reads what the experts read
+            hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device))
         routing = self.router(hidden_TH, router_state, token_mask, router_cell)
         out_TH = self.experts(hidden_TH, routing.top_k_index, routing.top_k_weights)
         return out_TH.view_as(hidden_states), routing

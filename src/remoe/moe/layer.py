@@ -36,7 +36,9 @@ class Exchange(Protocol):
         ...
 
     def __call__(self, experts: nn.Module, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
-        """The output [T, H], and the routing with what the exchange knows of its needs."""
+        """The output [T, H], and the routing with what the exchange knows of its needs. Tokens come in the dtype of
+        matrix products, and travel in it.
+        """
         ...
 
 

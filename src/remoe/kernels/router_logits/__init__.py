@@ -1,4 +1,5 @@
-"""remoe::router_logits: a linear router's logits in fp32, from tokens in half precision that it reads as they are.
+"""remoe::router_logits: a linear router's logits in fp32, from tokens in half precision that it reads as they are and
+weights in fp32.
 
 A library's fp32 product would need the tokens widened first, and returns their gradient in fp32: twice the memory to
 write, keep and read, for products with a handful of columns.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from remoe.kernels.router_logits import reference
 
-_HAS_TRITON = find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None  # TF32 parts are NVIDIA's
 _HALF = (torch.bfloat16, torch.float16)
 _FEWEST_TOKENS, _MOST_EXPERTS = 1024, 64
 """With fewer tokens the kernel has too few programs; with more experts products take the time, not reading."""
@@ -27,18 +28,18 @@ def is_worth_it(hidden_TH: Tensor, weight_EH: Tensor) -> bool:
         return False
     if hasattr(hidden_TH, "to_local") or hasattr(weight_EH, "to_local"):  # a DTensor
         return False
-    return len(hidden_TH) >= _FEWEST_TOKENS and len(weight_EH) <= _MOST_EXPERTS
+    return hidden_TH.shape[0] >= _FEWEST_TOKENS and weight_EH.shape[0] <= _MOST_EXPERTS
 
 
 @torch.library.custom_op("remoe::router_logits", mutates_args=())
 def router_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """X W^T [T, E] in the weight's dtype."""
+    """X W^T [T, E] in fp32."""
     return reference.router_logits(hidden_TH, weight_EH)
 
 
 @torch.library.custom_op("remoe::router_logits_backward", mutates_args=())
 def router_logits_backward(grad_TE: Tensor, hidden_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of both, each in its dtype."""
+    """Gradients of X, in its dtype, and of W, in fp32."""
     return reference.gradients(grad_TE, hidden_TH, weight_EH)
 
 
@@ -58,12 +59,12 @@ def _(grad_TE: Tensor, hidden_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Te
 
 @router_logits.register_fake
 def _(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    return weight_EH.new_empty((len(hidden_TH), len(weight_EH)))
+    return weight_EH.new_empty((hidden_TH.shape[0], weight_EH.shape[0]))
 
 
 @router_logits_backward.register_fake
 def _(grad_TE: Tensor, hidden_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_TH), torch.empty_like(weight_EH)
+    return hidden_TH.new_empty(hidden_TH.shape), weight_EH.new_empty(weight_EH.shape)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -14,38 +14,41 @@ BACKWARD = {"BLOCK_T": 128, "BLOCK_H": 64, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def logits_kernel(x_ptr, w_ptr, out_ptr, T, H, E, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):
+def router_logits_fwd_kernel(
+    x_ptr, w_ptr, out_ptr, T, H, E, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """out[t, e] = sum over h of x[t, h] w[e, h]."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = tl.arange(0, BLOCK_E)
+    t_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e_E = tl.arange(0, BLOCK_E)
+    is_token_T1, is_expert_1E = t_T[:, None] < T, e_E[None, :] < E
     sum_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for h0 in range(0, H, BLOCK_H):
-        h = h0 + tl.arange(0, BLOCK_H)
-        x = tl.load(x_ptr + t[:, None] * H + h[None, :], mask=(t[:, None] < T) & (h[None, :] < H), other=0.0)
-        w = tl.load(w_ptr + e[None, :] * H + h[:, None], mask=(e[None, :] < E) & (h[:, None] < H), other=0.0)
-        sum_TE = tl.dot(x.to(tl.float32), w.to(tl.float32), sum_TE, input_precision="tf32x3")
-    tl.store(out_ptr + t[:, None] * E + e[None, :], sum_TE, mask=(t[:, None] < T) & (e[None, :] < E))
+    for h in range(0, H, BLOCK_H):
+        h_H = h + tl.arange(0, BLOCK_H)
+        x_TH = tl.load(x_ptr + t_T[:, None] * H + h_H[None, :], mask=is_token_T1 & (h_H[None, :] < H), other=0.0)
+        w_HE = tl.load(w_ptr + e_E[None, :] * H + h_H[:, None], mask=is_expert_1E & (h_H[:, None] < H), other=0.0)
+        sum_TE = tl.dot(x_TH.to(tl.float32), w_HE, sum_TE, input_precision="tf32x3")
+    tl.store(out_ptr + t_T[:, None] * E + e_E[None, :], sum_TE, mask=is_token_T1 & is_expert_1E)
 
 
 @triton.jit
-def gradients_kernel(
+def router_logits_bwd_kernel(
     grad_ptr, x_ptr, w_ptr, grad_x_ptr, grad_w_ptr, T, H, E,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """grad_x[t, h] of a block, and what its tokens add to grad_w[e, h]."""
     block = tl.program_id(0).to(tl.int64)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    e = tl.arange(0, BLOCK_E)
-    inside_TH = (t[:, None] < T) & (h[None, :] < H)
-    inside_EH = (e[:, None] < E) & (h[None, :] < H)
-    x = tl.load(x_ptr + t[:, None] * H + h[None, :], mask=inside_TH, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + t[:, None] * E + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
-    w = tl.load(w_ptr + e[:, None] * H + h[None, :], mask=inside_EH, other=0.0).to(tl.float32)
-    grad_x = tl.dot(grad, w, input_precision="tf32x3")
-    tl.store(grad_x_ptr + t[:, None] * H + h[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside_TH)
-    grad_w = tl.dot(tl.trans(grad), x, input_precision="tf32x3")
-    tl.store(grad_w_ptr + (block * E + e[:, None]) * H + h[None, :], grad_w, mask=inside_EH)
+    t_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    e_E = tl.arange(0, BLOCK_E)
+    at_TH, inside_TH = t_T[:, None] * H + h_H[None, :], (t_T[:, None] < T) & (h_H[None, :] < H)
+    inside_EH = (e_E[:, None] < E) & (h_H[None, :] < H)
+    x_TH = tl.load(x_ptr + at_TH, mask=inside_TH, other=0.0).to(tl.float32)
+    grad_TE = tl.load(grad_ptr + t_T[:, None] * E + e_E[None, :], mask=(t_T[:, None] < T) & (e_E[None, :] < E), other=0)
+    w_EH = tl.load(w_ptr + e_E[:, None] * H + h_H[None, :], mask=inside_EH, other=0.0)
+    grad_x_TH = tl.dot(grad_TE, w_EH, input_precision="tf32x3")
+    tl.store(grad_x_ptr + at_TH, grad_x_TH.to(grad_x_ptr.dtype.element_ty), mask=inside_TH)
+    grad_w_EH = tl.dot(tl.trans(grad_TE), x_TH, input_precision="tf32x3")
+    tl.store(grad_w_ptr + (block * E + e_E[:, None]) * H + h_H[None, :], grad_w_EH, mask=inside_EH)
 
 
 def router_logits_triton(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ def router_logits_triton(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
     (num_tokens, hidden_size), num_experts = hidden_TH.shape, len(weight_EH)
     out_TE = hidden_TH.new_empty((num_tokens, num_experts), dtype=torch.float32)
     if num_tokens:
-        logits_kernel[(triton.cdiv(num_tokens, FORWARD["BLOCK_T"]),)](
+        router_logits_fwd_kernel[(triton.cdiv(num_tokens, FORWARD["BLOCK_T"]),)](
             hidden_TH, weight_EH, out_TE, num_tokens, hidden_size, num_experts, BLOCK_E=_columns(num_experts), **FORWARD
         )
     return out_TE
@@ -66,7 +69,7 @@ def gradients_triton(grad_TE: Tensor, hidden_TH: Tensor, weight_EH: Tensor) -> t
     grad_TH = torch.empty_like(hidden_TH)
     parts_BEH = hidden_TH.new_empty((blocks[0], num_experts, hidden_size), dtype=torch.float32)
     if num_tokens:
-        gradients_kernel[blocks](
+        router_logits_bwd_kernel[blocks](
             grad_TE, hidden_TH, weight_EH, grad_TH, parts_BEH, num_tokens, hidden_size, num_experts,
             BLOCK_E=_columns(num_experts), **BACKWARD,
         )  # fmt: skip

@@ -10,4 +10,5 @@ def router_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
 
 def gradients(grad_TE: Tensor, hidden_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
     """Those of X and of W, each in its dtype."""
-    return (grad_TE @ weight_EH).to(hidden_TH.dtype), grad_TE.T @ hidden_TH.to(weight_EH.dtype)
+    grad_hidden_TH = (grad_TE @ weight_EH).to(hidden_TH.dtype)
+    return grad_hidden_TH, grad_TE.T @ hidden_TH.to(weight_EH.dtype)
