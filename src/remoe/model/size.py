@@ -261,8 +261,8 @@ def _dense_mlp_bytes(config: ReMoEConfig, workload: Workload) -> int:
 
 
 def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
-    """A token's share: residual, norm output (in fp32 too for the router; GPUs with few experts do without), routing, and
-    rows' pre-activations and lists.
+    """A token's share: residual, norm output (in fp32 too for the router; GPUs with few experts do without),
+    routing, and rows' pre-activations and lists.
     """
     cast = workload.compute_bytes * config.hidden_size if workload.precision == "bf16" else 0
     state_size: Any = router_without_values(config.moe).state_size
