@@ -45,6 +45,7 @@ def test_a_full_disk_of_one_process_is_told_on_all_and_the_older_checkpoint_stay
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_four_processes_read_what_two_wrote_and_the_other_way_round(tmp_path: Path):
     folder = tmp_path / "saved"
     folder.mkdir()

@@ -89,6 +89,7 @@ def test_a_run_with_row_capacities_at_shared_experts_is_the_exact_run(results: d
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_experts_of_four_ranks_that_wait_for_no_counts_do_too(results_of: Callable[..., Any]):
     check_known_rows(results_of(4, "known_rows", timeout=900)["known_rows"], num_layouts=7)
 
@@ -131,6 +132,7 @@ def test_a_step_that_is_void_for_want_of_rows_on_one_rank_leaves_no_trace_on_any
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 11), (4, 14)])
 def test_every_router_in_every_layout_has_the_numbers_of_one_process(
     results_of: Callable[..., Any], num_processes: int, num_layouts: int
@@ -141,6 +143,7 @@ def test_every_router_in_every_layout_has_the_numbers_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(("num_processes", "num_layouts"), [(2, 1), (4, 5)])
 def test_every_router_in_pipelines_has_the_numbers_of_one_process(
     results_of: Callable[..., Any], num_processes: int, num_layouts: int
@@ -150,6 +153,7 @@ def test_every_router_in_pipelines_has_the_numbers_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_compiled_parts_have_the_same_numbers_and_layers_share_their_graphs(results_of: Callable[..., Any]):
     results = results_of(2, "compiled_steps", "compiled_known_rows", timeout=900)
     everyone = results["compiled_steps"]
