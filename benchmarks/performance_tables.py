@@ -243,37 +243,28 @@ def _ratio_rows(row: Row) -> list[list[str]]:
 
 
 def layouts(results: dict[str, Any]) -> str:
-    """Training on several GPUs, beside as many times one of them."""
+    """Training on one GPU or several, beside as many times one of them; without the columns that say nothing."""
     alone = {row["router"]: row["tokens_per_second"] for row in results["rows"] if row["ranks"] == 1}
-    header = ("router", "GPUs", "expert", "sharded", "tokens/s", "of GPUs × one", "active experts", "peak GiB")
-    return _markdown(header, [_layout_row(row, alone.get(row["router"])) for row in results["rows"]])
+    rows = [_layout_row(row, alone.get(row["router"])) for row in results["rows"]]
+    kept = [name for name in rows[0] if any(row[name] not in ("1", "1.000", "–") for row in rows)]
+    return _markdown(kept, [[row[name] for name in kept] for row in rows])
 
 
-def one_gpu(results: dict[str, Any]) -> str:
-    """Training on one GPU, as the program for several measures it."""
-    rows = [
-        [
-            row["router"], f"{statistics.median(row['step_ms']):,.0f}", f"{row['tokens_per_second']:,.0f}",
-            f"{row['mfu']:.1%}", f"{row['active_experts']:.3f}", _size(max(row["peak_bytes"])),
-        ]
-        for row in results["rows"]
-    ]  # fmt: skip
-    return _markdown(("router", "step ms", "tokens/s", "MFU", "active experts", "peak GiB"), rows)
-
-
-def _layout_row(row: Row, alone: float | None) -> list[str]:
+def _layout_row(row: Row, alone: float | None) -> dict[str, str]:
     parallel = row["parallel"] or {}
     share = None if alone is None else row["tokens_per_second"] / alone / row["ranks"]
-    return [
-        row["router"],
-        str(row["ranks"]),
-        str(parallel.get("expert", 1)),
-        parallel.get("sharded", "–"),
-        f"{row['tokens_per_second']:,.0f}",
-        "–" if share is None else f"{share:.3f}",
-        f"{row['active_experts']:.3f}",
-        _size(max(row["peak_bytes"])),
-    ]
+    return {
+        "router": row["router"],
+        "GPUs": str(row["ranks"]),
+        "expert": str(parallel.get("expert", 1)),
+        "sharded": parallel.get("sharded", "–"),
+        "step ms": f"{statistics.median(row['step_ms']):,.0f}",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "of GPUs × one": "–" if share is None else f"{share:.3f}",
+        "MFU": f"{row['mfu']:.1%}" if "mfu" in row else "–",
+        "active experts": f"{row['active_experts']:.3f}",
+        "peak GiB": _size(max(row["peak_bytes"])),
+    }
 
 
 def decode(results: dict[str, Any]) -> str:
@@ -393,7 +384,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": model,
     "ratios": ratios,
     "layouts": layouts,
-    "one-gpu": one_gpu,
     "decode": decode,
     "kernels": kernels,
     "layer-cpu": layer_cpu,

@@ -8,8 +8,7 @@ of 0, so that drift of the machine's speed hits both and the routing stays.
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,25 +267,12 @@ def _wrong_loss(arm: OurArm, config: TrainConfig) -> list[str]:
 @torch.no_grad()
 def _plain_loss(model: ReMoEForCausalLM, batch: Batch, device: torch.device) -> float:
     """With one matrix product an expert, a sequence at a time: the logits of all would be the largest tensor here."""
-    with _plain_experts(model):
+    with steady.experts_with(steady.settable_layers(model), kernels="plain"):
         losses = [
             F.cross_entropy(model(tokens_S[None].to(device)).logits[0].float(), labels_S.to(device))
             for tokens_S, labels_S in zip(batch.tokens_BS, batch.labels_BS, strict=True)
         ]
     return float(torch.stack(losses).mean())
-
-
-@contextmanager
-def _plain_experts(model: ReMoEForCausalLM) -> Iterator[None]:
-    grouped: list[Any] = [layer.experts for layer in steady.settable_layers(model)]
-    before = [experts.kernels for experts in grouped]
-    for experts in grouped:
-        experts.kernels = "plain"
-    try:
-        yield
-    finally:
-        for experts, kernels in zip(grouped, before, strict=True):
-            experts.kernels = kernels
 
 
 def _wrong_density(row: Row, config: TrainConfig) -> list[str]:

@@ -7,7 +7,7 @@ inputs, where c_e is the 1 - k/E quantile of <w_e, x> / <m, x> over the tokens g
 Layers are set one after the other, each on the inputs that those before it produce.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,8 @@ def settle(model: ReMoEForCausalLM, tokens_BS: Tensor) -> None:
     more gates opened.
     """
     layers = settable_layers(model)
-    with _settled_before_use(layers), _in_chunks(layers):
+    in_chunks = {"kept_rows_per_token": _KEPT_ROWS_PER_TOKEN, "keeps_all_rows": False}  # memory may be short
+    with _settled_before_use(layers), experts_with(layers, **in_chunks):
         model(tokens_BS, logits_to_keep=1)
 
 
@@ -63,17 +64,21 @@ def _settled_before_use(layers: list[MoE]) -> Iterator[None]:
 
 
 @contextmanager
-def _in_chunks(layers: list[MoE]) -> Iterator[None]:
-    """Let experts work off all tokens, which are many micro-batches, in parts: memory may be short."""
+def experts_with(layers: list[MoE], **settings: Any) -> Iterator[None]:
+    """Inside, let the layers' SwiGLU experts have these attributes; others have none of them."""
     grouped = [layer.experts for layer in layers if isinstance(layer.experts, GroupedExperts)]
-    before = [(experts.kept_rows_per_token, experts.keeps_all_rows) for experts in grouped]
-    for experts in grouped:
-        experts.kept_rows_per_token, experts.keeps_all_rows = _KEPT_ROWS_PER_TOKEN, False
+    before = [{name: getattr(experts, name) for name in settings} for experts in grouped]
+    _set(grouped, [settings] * len(grouped))
     try:
         yield
     finally:
-        for experts, (kept_rows, keeps_all) in zip(grouped, before, strict=True):
-            experts.kept_rows_per_token, experts.keeps_all_rows = kept_rows, keeps_all
+        _set(grouped, before)
+
+
+def _set(modules: Sequence[nn.Module], values: Sequence[dict[str, Any]]) -> None:
+    for module, own in zip(modules, values, strict=True):
+        for name, value in own.items():
+            setattr(module, name, value)
 
 
 def _hook(layer: MoE) -> Any:
