@@ -34,8 +34,8 @@ class MeasuredStep(NamedTuple):
 
     @property
     def is_for_fit(self) -> bool:
-        """Whether the passes of a block are fitted to it: steps on one GPU, but not compiled ones at the start."""
-        return self.parallel.shared_by == 1 and not (self.at_start and self.job.is_compiled)
+        """Whether the passes of a block are fitted to it: compiled steady steps on one GPU."""
+        return self.parallel.shared_by == 1 and self.job.is_compiled and not self.at_start
 
     def predicted(self) -> Estimate:
         """What the formulas say of it."""

@@ -21,7 +21,7 @@ from remoe.bench.chart import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-LAYERS = ("results/gpu/layer.json", "results/gpu/layer_e8.json")
+LAYERS = ("results/gpu/layer.json",)
 CHART = PAGE.parent / "pictures" / "layer-gpu.svg"
 GIB = 2**30
 BLOCK = re.compile(r"(<!-- ([a-z-]+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -288,16 +288,21 @@ def kernels(results: dict[str, Any]) -> str:
     parts = []
     for row in results["rows"]:
         is_wanted = row.get("kind", "ours") == "ours" and "profile" in row and "mismatches" not in row
-        if not is_wanted or row.get("candidate") == "remoe_chunked":
+        if not is_wanted or row.get("candidate") == "remoe_chunked" or row.get("route", "var") not in _ROUTES:
             continue
         lines = [
-            [f"`{k['kernel'][:60]}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
+            [f"`{_kernel_name(k['kernel'])}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['share']:.1%}", _rates(k)]
             for k in row["profile"]
             if k["share"] >= 0.01
         ]
         table = _markdown(("kernel", "calls", "µs", "share", "rate"), lines)
         parts.append(f"{row.get('candidate', row.get('router'))} {_profiled(row)}:\n\n{table}")
     return "\n\n".join(parts)
+
+
+def _kernel_name(name: str) -> str:
+    quack = re.search(r"quack\w+?(Gemm\w+?)Sm90\w+?ShapeMNK64(\d+)16_", name)
+    return f"QuACK {quack[1]}, tiles of {quack[2]} columns" if quack else name[:60]
 
 
 def _profiled(row: Row) -> str:

@@ -31,6 +31,11 @@ ASSUMED: dict[str, tuple[float, str, str]] = {
     "attention_products": (400e12, "FLOP/s", "a flash attention kernel, forward and backward"),
     "fp32_products": (40e12, "FLOP/s", "routers, in fp32 without tensor cores"),
     "logit_passes": (6, "passes over the logits", "the loss, in chunks, forward and backward"),
+    "eager_block_passes": (
+        494,
+        "passes over a layer's hidden states",
+        "fitted to eager steps of 2026-11-28, results/gpu/before, with the experts of then",
+    ),
     "attention_host": (2.0e-3, "s", "launches of one attention block, forward and backward"),
     "dense_host": (1.0e-3, "s", "launches of one dense MLP, forward and backward"),
     "expert_imbalance": (1.1, "busiest rank over the mean", "loads of experts under a load-balancing loss"),
@@ -61,8 +66,7 @@ def constants(layer: dict[str, Any]) -> dict[str, Any]:
     entries["memory"] = entry(memory, "bytes", "what torch reports of this card", "assumed: ")
     entries |= {key: entry(*value, "assumed: ") for key, value in ASSUMED.items()}
     values = {"name": layer["gpus"][0], "constants": entries}
-    for key, is_compiled in (("block_passes", True), ("eager_block_passes", False)):
-        entries[key] = entry(*block_passes(values, key, is_compiled), f"{MODELS}: ")
+    entries["block_passes"] = entry(*block_passes(values), f"{MODELS}: ")
     return values
 
 
@@ -74,24 +78,23 @@ def host_link() -> tuple[float, str, str]:
     return 1e9 * statistics.median(rates.values()), "bytes/s", f"median of {names} between {num} GPUs of a host"
 
 
-def block_passes(values: dict[str, Any], key: str, is_compiled: bool) -> tuple[float, str, str]:
-    """Passes over the hidden states in a block's attention, norms and residuals: what measured models take beyond the
+def block_passes(values: dict[str, Any]) -> tuple[float, str, str]:
+    """Passes over the hidden states in a block's attention, norms and residuals: what compiled models take beyond the
     products and the other passes; the mean over models.
     """
-    nothing = {name: entry(0, "", "", "") for name in ("block_passes", "eager_block_passes")}
+    nothing = {"block_passes": entry(0, "", "", "")}
     gpus = machine_of({"name": values["name"], "constants": {**values["constants"], **nothing}})
     found, dates = [], set[str]()
     for row in measured_models(ROOT / "results"):
-        if row.gpu == gpus.name and row.is_for_fit and row.job.is_compiled == is_compiled:
+        if row.gpu == gpus.name and row.is_for_fit:
             job = row.job
             seconds = step_time(job, row.parallel, gpus, at_start=row.at_start).total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
             found.append((job.tokens / row.tokens_per_second - seconds) * gpus["memory_rate"] / a_pass)
             dates.add(row.date)
     if not found:
-        raise SystemExit(f"no {MODELS} for {key} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
-    kind = "steady compiled" if is_compiled else "eager"
-    what = f"what step_ms of our {kind} candidates of {', '.join(sorted(dates))} leaves beyond the other terms"
+        raise SystemExit(f"no steady {MODELS} was measured on {gpus.name}, as {LAYER} was; run: remoe bench model")
+    what = f"what step_ms of our steady candidates of {', '.join(sorted(dates))} leaves beyond the other terms"
     return statistics.mean(found), "passes over a layer's hidden states", what
 
 

@@ -13,12 +13,14 @@ import itertools
 from functools import partial
 
 import torch
+import triton
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from remoe.kernels.dispatch_lists import reference
 from remoe.kernels.dispatch_lists.kernel import dispatch_lists_triton
 from remoe.kernels.expert_mlp import fused, per_expert
 from remoe.kernels.expert_mlp.combine import gather_sum
+from remoe.kernels.expert_mlp.rows_kernels import swiglu_bwd_kernel
 from remoe.kernels.expert_mlp.tiles import Choices, Tiles
 from remoe.kernels.router_logits import reference as router_reference
 from remoe.kernels.router_logits.kernel import gradients_triton, router_logits_triton
@@ -94,6 +96,24 @@ def combine_error(tokens, experts, density):
     return (combine_rows_triton(rows_NH, place_N, token_offsets) - expected).abs().max().item()
 
 
+def interleaved_agrees(num_rows, expert_size, dtype):
+    """Whether the gradient of SwiGLU from pre-activations that are interleaved is that from halves, bit for bit."""
+    generator = torch.Generator().manual_seed(4)
+    grad_act_NF = torch.randn(num_rows, expert_size, generator=generator).to(dtype)
+    halves_N2F = torch.randn(num_rows, 2 * expert_size, generator=generator).to(dtype)
+    pairs_N2F = halves_N2F.unflatten(1, (2, -1)).mT.flatten(1).contiguous()
+    weights_N, pair_N, end = torch.rand(num_rows, generator=generator), torch.arange(num_rows), torch.tensor([num_rows])
+    found = []
+    for up_N2F, is_interleaved in ((halves_N2F, False), (pairs_N2F, True)):
+        outs = grad_act_NF.clone(), torch.empty_like(up_N2F), torch.empty(num_rows)
+        swiglu_bwd_kernel[(triton.cdiv(num_rows, 4),)](
+            outs[0], up_N2F, outs[1], weights_N, pair_N, outs[2], end, expert_size, 0, num_rows,
+            BLOCK_R=4, BLOCK_F=32, INTERLEAVED=is_interleaved,
+        )  # fmt: skip
+        found.append(outs)
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def router_errors(tokens, experts, hidden, dtype):
     """Largest errors of a router's logits and both gradients."""
     generator = torch.Generator().manual_seed(3)
@@ -124,7 +144,12 @@ def main():
         f"{shape} {dtype}": router_errors(*shape, dtype)
         for shape, dtype in itertools.product(shapes, (torch.float32, torch.float16))
     }
-    print(json.dumps({"errors": errors, "lists": lists, "combined": combined, "routers": routers}))
+    interleaved = {
+        f"{rows} {size} {dtype}": interleaved_agrees(rows, size, dtype)
+        for rows, size, dtype in itertools.product((1, 9), (8, 48), (torch.float32, torch.float16))
+    }
+    found = {"errors": errors, "lists": lists, "combined": combined, "routers": routers, "interleaved": interleaved}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from remoe.kernels.expert_mlp import expert_mlp, huge_pages, reference
+from remoe.kernels.expert_mlp.backends import has_quack
 from remoe.moe.dispatch import plan
 
 SHAPES = [  # tokens, experts, hidden, ffn
@@ -185,12 +186,22 @@ def relative_errors(actual, expected):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.fixture(params=["triton", "quack"])
+def kernels(request):
+    """The name of a fused back-end that this machine has."""
+    if request.param == "quack" and not has_quack(torch.device("cuda")):
+        pytest.skip("needs QuACK and a Hopper GPU")
+    return request.param
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (65, 8, 64, 48), (512, 16, 128, 96), (2000, 4, 264, 1024)])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_triton_is_as_exact_as_the_plain_path_in_every_dtype(shape, density, dtype):
+def test_fused_kernels_are_as_exact_as_the_plain_path_in_every_dtype(shape, density, dtype, kernels):
+    if kernels == "quack" and dtype == torch.float32:
+        pytest.skip("QuACK has no products of fp32")
     routing_map, tensors = random_inputs(*shape, density)
     rounded = on_gpu(tensors, dtype)
     exact = tuple(t.detach().double().cpu().requires_grad_() for t in rounded)
@@ -200,9 +211,9 @@ def test_triton_is_as_exact_as_the_plain_path_in_every_dtype(shape, density, dty
         name: relative_errors(
             with_gradients(lambda _, t, name=name: expert_mlp(*t, *lists, 0, name)[0], None, rounded), expected
         )
-        for name in ("triton", "plain")
+        for name in (kernels, "plain")
     }
-    for ours, plain in zip(by_path["triton"], by_path["plain"], strict=True):
+    for ours, plain in zip(by_path[kernels], by_path["plain"], strict=True):
         assert ours <= 1.5 * plain + 1e-6
 
 
@@ -210,23 +221,20 @@ def test_triton_is_as_exact_as_the_plain_path_in_every_dtype(shape, density, dty
 @gpu
 @pytest.mark.parametrize("shape", [(65, 8, 64, 48), (512, 16, 128, 96), (2000, 4, 264, 1024)])
 @pytest.mark.parametrize("row_cap", [0, 256])
-def test_sums_on_a_gpu_are_as_exact_as_the_plain_path_and_the_same_on_every_run(shape, row_cap):
+def test_sums_on_a_gpu_are_as_exact_as_the_plain_path_and_the_same_on_every_run(shape, row_cap, kernels):
     routing_map, tensors = random_inputs(*shape, 0.3)
     rounded = on_gpu(tensors, torch.bfloat16)
     exact = tuple(t.detach().double().cpu().requires_grad_() for t in rounded)
     expected = with_gradients(run_reference, routing_map, exact)
     lists = plan(routing_map.cuda()).lists
     plain = with_gradients(lambda _, t: expert_mlp(*t, *lists, 0, "plain")[0], None, rounded)
-    first, second = (with_sums(lists, rounded, row_cap, "triton") for _ in range(2))
+    first, second = (with_sums(lists, rounded, row_cap, kernels) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for ours, theirs in zip(relative_errors(first, expected), relative_errors(plain, expected), strict=True):
         assert ours <= 1.5 * theirs + 1e-6
 
 
-@pytest.mark.gpu
-@gpu
-@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
-def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(backend):
+def unwritten_rows_change_nothing(backend):
     routing_map, tensors = random_inputs(700, 8, 64, 96, 0.4)
     rounded = on_gpu(tensors, torch.bfloat16)
     routing_map = routing_map.cuda()
@@ -243,13 +251,41 @@ def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(backend):
 
 @pytest.mark.gpu
 @gpu
-def test_triton_gives_the_same_bits_on_every_run():
+def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(kernels):
+    unwritten_rows_change_nothing(kernels)
+
+
+@pytest.mark.gpu
+@gpu
+def test_unwritten_rows_of_a_capacity_change_nothing_in_the_grouped_product_of_torch():
+    unwritten_rows_change_nothing("grouped_mm")
+
+
+@pytest.mark.gpu
+@gpu
+def test_fused_kernels_give_the_same_bits_on_every_run_and_in_a_graph(kernels):
     routing_map, tensors = random_inputs(700, 8, 64, 96, 0.4)
-    rounded, lists = on_gpu(tensors, torch.bfloat16), plan(routing_map.cuda()).lists
-    first, second = (
-        with_gradients(lambda _, t: expert_mlp(*t, *lists, 0, "triton")[0], None, rounded) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    routing_map = routing_map & (torch.arange(8) != 3)  # expert 3 is idle
+    rounded = on_gpu(tensors, torch.bfloat16)
+    lists = plan(routing_map.cuda(), 3000).lists
+    direction = torch.randn_like(rounded[0])
+
+    def run():
+        leaves = [tensor.detach().requires_grad_() for tensor in rounded]  # those of the stream at hand
+        out = expert_mlp(*leaves, *lists, 0, kernels)[0]
+        return out, *torch.autograd.grad(out, leaves, direction)
+
+    first, second = run(), run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in captured:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    for a, b, c in zip(first, second, captured, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 @pytest.mark.gpu

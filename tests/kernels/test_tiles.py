@@ -1,16 +1,21 @@
 """Which tiles a layer gets."""
 
+import json
+
 import pytest
 import torch
 
 from remoe.kernels.expert_mlp import tuning
-from remoe.kernels.expert_mlp.tiles import GROUPED_MM, Sizes, Tiles, choose, words_of
+from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.tiles import GROUPED_MM, QUACK, QuackTiles, Sizes, Tiles, choose, words_of
 
 MEASURED = Sizes(hidden_size=1024, expert_size=4096, num_experts=128, rows_per_expert=128.0)
 
 
 def test_tiles_are_written_as_they_are_read():
     assert str(Tiles.parsed("128x256x64 w8 s3 g16")) == "128x256x64 w8 s3 g16"
+    for words in ("quack 128x192 c2 pingpong", "quack 128x256 c1"):
+        assert str(QuackTiles.parsed(words)) == words
 
 
 def test_a_shape_between_measured_ones_gets_the_nearest_row():
@@ -22,6 +27,46 @@ def test_a_shape_between_measured_ones_gets_the_nearest_row():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_only_bf16_uses_the_grouped_product_of_torch(dtype):
     assert GROUPED_MM not in words_of(MEASURED, dtype).values()
+
+
+def by_quack(words):
+    return {part for part, word in words.items() if word.startswith(QUACK)}
+
+
+def test_quacks_products_are_never_used_or_where_the_table_says_or_always():
+    assert by_quack(words_of(MEASURED, torch.bfloat16)) == set()
+    by_table = words_of(MEASURED, torch.bfloat16, "where faster")
+    assert by_quack(by_table) == {"swiglu", "grad_act", "grad_down", "grad_up"}
+    assert by_table["down"] == words_of(MEASURED, torch.bfloat16)["down"]
+    everywhere = by_quack(words_of(MEASURED, torch.float16, "always"))
+    assert everywhere == {"swiglu", "down", "grad_act", "grad_down", "grad_up", "grad_x"}
+    few = MEASURED._replace(rows_per_expert=4.0)
+    assert by_quack(words_of(few, torch.bfloat16, "where faster")) == set()
+    assert by_quack(words_of(MEASURED, torch.float32, "always")) == set(), "it has no products of fp32"
+
+
+def test_interleaved_pre_activations_are_those_of_quack():
+    assert not choose(MEASURED, torch.bfloat16).interleaves
+    assert choose(MEASURED, torch.bfloat16, "where faster").interleaves
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_cap", "size"), [(0, 0, 0), (0, 5, 0), (7, 0, 7), (7, 7, 7), (8, 7, 4), (40, 12, 10), (41, 10, 9)]
+)
+def test_chunks_are_as_few_as_the_cap_allows_and_equal(num_rows, row_cap, size):
+    assert rows_at_once(num_rows, row_cap) == size
+
+
+def test_a_table_made_with_quack_keeps_what_was_found_without(tmp_path):
+    table = tmp_path / "table.json"
+    sizes = {"num_tokens": 1024, "hidden_size": 64, "expert_size": 128, "num_experts": 8, "top_k": 1}
+    row = {"shape": "new", "device": "NVIDIA H200", "sizes": sizes}
+    ours = words_of(MEASURED, torch.bfloat16)
+    tuning.save([row | {"best": ours}], table)
+    tuning.save([row | {"best": ours | {"down": "quack 128x192 c1 pingpong"}}], table)
+    (kept,) = json.loads(table.read_text())["rows"]
+    assert kept["choices"] == ours
+    assert kept["quack"] == {"down": "quack 128x192 c1 pingpong"}
 
 
 def test_a_forced_choice_holds_inside_only():

@@ -40,6 +40,11 @@ def test_the_lists_are_those_of_the_reference(found):
     assert all(found["lists"].values())
 
 
+def test_interleaved_pre_activations_have_the_gradients_of_those_in_halves(found):
+    assert len(found["interleaved"]) == 8
+    assert all(found["interleaved"].values())
+
+
 def test_routers_logits_and_gradients_are_those_of_the_plain_path(found):
     assert len(found["routers"]) == 10
     for case, (logits, grad_hidden, grad_weight) in found["routers"].items():

@@ -90,8 +90,9 @@ def test_layers_have_their_capacities_only_inside():
         ([301, 0, 0, 0], [0]),  # more than three shares
         ([300, 30, 30, 30], []),
         ([250, 250, 10, 10], [0]),  # the first of equals
-        ([290, 120, 10], [1]),  # the smallest that is enough
-        ([180, 170, 160, 150], [0, 3]),  # none is enough alone
+        ([290, 110, 10], [0]),  # the other would not be enough
+        ([250, 190, 10, 10], [1]),  # the smallest that is enough
+        ([180, 170, 100, 50], [0, 1]),  # none is enough alone
         ([400, 400, 400], [0, 1, 2]),
         ([], []),
     ],
@@ -116,5 +117,5 @@ def test_only_layers_that_must_work_in_chunks_are_told_a_cap(monkeypatch):
         return caps.copy()
 
     assert caps_with((20, 8, 8)) == [0, 0, 0]
-    assert caps_with((20, 14, 14)) == [0, 12, 0]
+    assert caps_with((20, 16, 4)) == [0, 12, 0]
     assert caps_with(None) == [12, 12, 12]

@@ -15,12 +15,13 @@ Kernel = dict[str, Any]
 _MOST = 20
 
 _WORK = (
-    ("swiglu_fwd_kernel", 1, 2),
+    ("swiglu_fwd_kernel|GemmGatedSm90", 1, 2),
     ("rows_matmul_kernel", 3, 4),
     ("weight_grad_kernel", 2, 3),
 )
-"""Our kernels (patterns): so many calls a layer and step, and their products in units of N * H * F multiply-adds. Where
-torch's grouped product takes some of the calls, which ones are left is not known, and they are not rated."""
+"""Our kernels, and QuACK's whose work its name tells (patterns): so many calls a layer and step, and their products in
+units of N * H * F multiply-adds. Where a library's products take some of the calls, which ones are left is not known,
+and they are not rated."""
 _TRAFFIC: tuple[tuple[str, Callable[[LayerShape], int]], ...] = (
     ("gather_kernel", lambda shape: 2 * shape.num_pairs * shape.hidden_size),
     ("combine_kernel", lambda shape: (shape.num_pairs + shape.num_tokens) * shape.hidden_size),

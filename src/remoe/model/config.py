@@ -38,7 +38,7 @@ class ReMoEConfig:
     block: str = setting("pre_norm", "pre_norm (LLaMA-style), or post_norm: RMoE's character models")
     attention_span: int = setting(2048, "post_norm: how many tokens back attention sees")
     dropout: float = setting(0.0, "post_norm: dropout of attention, in experts and of their output")
-    kernels: str = setting("auto", "how swiglu experts are run: auto, triton, grouped_mm or plain")
+    kernels: str = setting("auto", "how swiglu experts are run: auto, triton, quack, grouped_mm or plain")
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):

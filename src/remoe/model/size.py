@@ -9,6 +9,7 @@ from torch import nn
 
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
+from remoe.kernels.expert_mlp.chunks import rows_at_once
 from remoe.kernels.linear_cross_entropy import CHUNK_BYTES
 from remoe.model.config import ReMoEConfig, router_without_values
 from remoe.model.recompute import recomputation
@@ -271,9 +272,9 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
 
 
 def _pair_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
-    """A token's rows: their lists, and their pre-activations unless the rows are worked off in chunks."""
-    is_chunked = _rows_at_once(config, workload, active_experts) < active_experts
-    return active_experts * (3 * 8 + (0 if is_chunked else _up_bytes(config, workload)))
+    """A token's rows: their lists, and the pre-activations of as many as are kept."""
+    kept = _rows_at_once(config, workload, active_experts)
+    return active_experts * 3 * 8 + math.ceil(kept * _up_bytes(config, workload))
 
 
 def _up_bytes(config: ReMoEConfig, workload: Workload) -> int:
@@ -282,10 +283,11 @@ def _up_bytes(config: ReMoEConfig, workload: Workload) -> int:
 
 
 def _rows_at_once(config: ReMoEConfig, workload: Workload, active_experts: int) -> float:
-    """A token's rows of which a layer's kernels hold the values at the same time: no more than the cap."""
-    if config.is_post_norm or config.kernels not in ("auto", "triton"):
+    """A token's rows of which a layer's kernels hold the values at the same time, and keep those: all, or a chunk."""
+    if config.is_post_norm or config.kernels not in ("auto", "triton", "quack"):
         return active_experts
-    return min(active_experts, row_cap(config.moe.kept_rows_per_token, workload.num_tokens) / workload.num_tokens)
+    cap = row_cap(config.moe.kept_rows_per_token, workload.num_tokens)
+    return rows_at_once(active_experts * workload.num_tokens, cap) / workload.num_tokens
 
 
 def _expert_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:

@@ -23,7 +23,7 @@ class MoEConfig:
     init_std: float = setting(0.01, "standard deviation of the initial weights (ReMoE's scripts: 0.01)")
     experts: str = setting("swiglu", "swiglu, or relu: two matrices with biases (RMoE's character models)")
     dropout: float = setting(0.0, "dropout inside relu experts")
-    kernels: str = setting("auto", "how swiglu experts are run: auto, triton, grouped_mm or plain")
+    kernels: str = setting("auto", "how swiglu experts are run: auto, triton, quack, grouped_mm or plain")
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, str) and "name" not in self.router:

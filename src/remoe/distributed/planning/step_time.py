@@ -11,13 +11,14 @@ from remoe.distributed.config import ParallelConfig
 from remoe.distributed.planning.job import Job
 from remoe.distributed.planning.machine import Machine
 from remoe.distributed.planning.traffic import Traffic, handed_bytes, stage_traffic, unit_traffic
+from remoe.kernels.expert_mlp.chunks import rows_at_once
 from remoe.moe.experts import row_cap
 
 OPTIMIZER_BYTES = 36
 """A parameter's step of AdamW in fp32: weight, gradient and two moments read, three written, the gradient's norm read
 and its memory cleared."""
-IN_CHUNKS = 11 / 9
-"""Rows above the cap are worked off in chunks, whose first products (2 of 9 in all) the backward pass makes again."""
+COMPUTED_AGAIN = 2 / 9
+"""Of a layer's products: the backward pass makes the first ones of rows that were not kept again."""
 TRAINED = 3
 """A product's forward pass and its two gradients."""
 
@@ -144,11 +145,23 @@ def _moe_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int)
     tokens = workload.num_tokens
     sizes = (moe.hidden_size, moe.expert_size, moe.routed_experts // parallel.expert, active)
     experts = layer_seconds(tokens, sizes, gpus, job.compute_bytes)
-    if active * tokens > row_cap(moe.kept_rows_per_token, tokens):
-        experts *= IN_CHUNKS
+    experts += _chunk_seconds(experts, active * tokens, row_cap(moe.kept_rows_per_token, tokens), sizes, gpus)
     busiest = gpus["expert_imbalance"] if parallel.expert > 1 else 1.0
     router = TRAINED * 2 * tokens * moe.hidden_size * moe.routed_experts / gpus["fp32_products"]
     return busiest * experts + router
+
+
+def _chunk_seconds(experts: float, num_rows: int, cap: int, sizes: tuple[int, int, int, int], gpus: Machine) -> float:
+    """What rows above the cap cost beyond their products: those of rows that were not kept are made again, and each
+    chunk reads and writes fp32 sums, of the output, of the tokens' gradients and of the matrices'.
+    """
+    at_once = rows_at_once(num_rows, cap)
+    if at_once == num_rows:
+        return 0.0
+    hidden_size, expert_size, num_experts, active = sizes
+    sums = 2 * (num_rows // active) * hidden_size + 3 * num_experts * hidden_size * expert_size
+    again = (1 - at_once / num_rows) * COMPUTED_AGAIN * experts
+    return again + num_rows / at_once * 2 * 4 * sums / gpus["memory_rate"]
 
 
 def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine) -> float:

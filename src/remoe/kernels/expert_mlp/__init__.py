@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from remoe.kernels.expert_mlp import backends
+from remoe.kernels.expert_mlp.chunks import rows_at_once
 
 
 @torch.library.custom_op("remoe::expert_mlp", mutates_args=())
@@ -23,12 +24,12 @@ def expert_mlp(
     wider. The lists are those of `dispatch_lists`. A token without rows gets 0. The second output [N, 2F] is what the
     backward pass needs and nothing else. Same bits each run.
 
-    `backend` is one of backends.NAMES. With more rows than `row_cap` (0: no cap) the Triton path works them off in
-    chunks and keeps nothing: its memory does not grow with the rows, its backward pass computes them again.
+    `backend` is one of backends.NAMES. With more rows than `row_cap` (0: no cap) the fused path works them off in
+    equal chunks and keeps the first: its memory does not grow with the rows, its backward pass computes others again.
 
     With `gate_up_sum` and `down_sum`, fp32 and shaped as the matrices, the backward pass adds the gradients of the
     matrices to them, and autograd gets none: gradient accumulation in bf16 training needs no other pass over all
-    weights. On the Triton path they are not rounded to bf16 before they are added.
+    weights. On the fused path they are not rounded to bf16 before they are added.
     """
     assert (gate_up_sum is None) == (down_sum is None), "both sums or none"
     assert gate_up_sum is None or gate_up_sum.dtype == torch.float32, "sums are fp32"
@@ -73,8 +74,8 @@ def _(
     is_chunked = row_cap > 0 and backends.pick(backend, hidden_TH).CHUNKS
     is_known = isinstance(num_rows, int)  # pyright: ignore[reportUnnecessaryIsInstance]  (else a symbol of the tracer)
     if is_chunked and is_known:
-        num_rows = num_rows if num_rows <= row_cap else 0
-    elif is_chunked:  # which of the two is known only once the rows are
+        num_rows = rows_at_once(num_rows, row_cap)
+    elif is_chunked:  # known only once the rows are
         num_rows = cast(int, torch.library.get_ctx().new_dynamic_size())
     return torch.empty_like(hidden_TH), hidden_TH.new_empty((num_rows, gate_up_proj.shape[1]))
 

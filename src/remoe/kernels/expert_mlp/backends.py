@@ -1,20 +1,26 @@
 """The ways to run the experts, and which one a tensor gets."""
 
-from functools import cache
+import warnings
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from remoe.errors import ConfigError, MissingExtraError
+from remoe.errors import ConfigError, MissingExtraError, RemoeWarning
 from remoe.kernels.expert_mlp import grouped, per_expert
 from remoe.kernels.expert_mlp.sums import Sums
 
-NAMES = ("auto", "triton", "grouped_mm", "plain")
-"""auto: the fastest there is; triton: our kernels (GPU, bf16, fp16, fp32); grouped_mm: torch's grouped product (GPU,
-bf16); plain: one matrix product an expert, anywhere."""
+NAMES = ("auto", "triton", "quack", "grouped_mm", "plain")
+"""auto: the fastest there is, product by product; triton: our kernels (GPU, bf16, fp16, fp32), with torch's grouped
+product where it is faster; quack: QuACK's products beside our kernels (Hopper, bf16, fp16); grouped_mm: torch's grouped
+product (GPU, bf16); plain: one matrix product an expert, anywhere."""
 
+_QUACK_VERSION = "0.3."
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -40,32 +46,60 @@ class Backend(Protocol):
 
 def pick(name: str, hidden_TH: Tensor) -> Backend:
     """The named back-end, or the best for this tensor's device and dtype. Raises ConfigError for one it cannot use."""
-    usable = _usable(hidden_TH.device.type, hidden_TH.dtype, hidden_TH.shape[-1] % 8 == 0)
+    usable = _usable(hidden_TH.device, hidden_TH.dtype, hidden_TH.shape[-1] % 8 == 0)
     if name != "auto" and name not in usable:
-        is_missing = name == "triton" and not find_spec("triton")
-        missing = f"; {MissingExtraError('triton', 'triton')}" if is_missing else ""
+        extra = {"triton": "triton", "quack": "quack-kernels"}.get(name)
+        missing = f"; {MissingExtraError(extra, name)}" if extra and not find_spec(name) else ""
         raise ConfigError(
             f"kernels is {name!r}, must be one of auto, {', '.join(usable)} for {hidden_TH.dtype} of width "
             f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}{missing}"
         )
-    return _load(usable[0] if name == "auto" else name)
+    return _load(usable[0] if name == "auto" else name, name == "auto")
 
 
 @cache
-def _usable(device: str, dtype: torch.dtype, is_aligned: bool) -> tuple[str, ...]:
+def _usable(device: torch.device, dtype: torch.dtype, is_aligned: bool) -> tuple[str, ...]:
     """Names of the back-ends that can run, the best first."""
     names: list[str] = []
-    if device == "cuda" and is_aligned:  # blocks are read along rows of 16 bytes
+    if device.type == "cuda" and is_aligned:  # blocks are read along rows of 16 bytes
         if find_spec("triton") and dtype in TRITON_DTYPES:
+            if dtype != torch.float32 and has_quack(device):
+                names.append("quack")
             names.append("triton")
         if dtype == torch.bfloat16:
             names.append("grouped_mm")
     return (*names, "plain")
 
 
-def _load(name: str) -> Backend:
-    if name == "triton":
+def has_quack(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU, and QuACK is there for it."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+    return is_hopper and _imports_quack()
+
+
+@cache
+def _imports_quack() -> bool:
+    """Whether QuACK is there, of the version that we call, with all that it needs."""
+    if not find_spec("quack"):
+        return False
+    try:
+        found = version("quack-kernels")
+        if not found.startswith(_QUACK_VERSION):
+            raise ImportError(f"version {found} is installed, {_QUACK_VERSION}x is needed")
+        import_module("remoe.kernels.expert_mlp.quack_products")
+    except (ImportError, OSError) as error:
+        fix = "pip install 'remoe[quack]'"
+        warnings.warn(f"QuACK's products are not used, Triton's are: {error}; fix: {fix}", RemoeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def _load(name: str, is_auto: bool) -> Backend:
+    if name in ("triton", "quack"):
         from remoe.kernels.expert_mlp import fused  # triton is an extra: first needed on a GPU
 
-        return cast(Backend, fused)
+        quack = "never" if name == "triton" else "where faster" if is_auto else "always"
+        passes = {"forward": partial(fused.forward, quack=quack), "backward": partial(fused.backward, quack=quack)}
+        return cast(Backend, SimpleNamespace(CHUNKS=fused.CHUNKS, **passes))
     return cast(Backend, grouped if name == "grouped_mm" else per_expert)

@@ -1,13 +1,16 @@
-"""The fused Triton path of GPUs: gathered rows, SwiGLU inside the products, gather-sum, no waiting for counts.
+"""The fused path of GPUs: gathered rows, SwiGLU inside the products, gather-sum, no waiting for counts.
 
-Rows beyond what fits at once are worked off in chunks of the expert-sorted list: the forward pass then keeps nothing
-but its inputs, and the backward pass computes a chunk's pre-activations again. Weight gradients of chunks are added up
-in fp32, in the caller's sums where it has some.
+Products are Triton's, or QuACK's or torch's where the table of choices says so; all else is Triton's. Rows beyond what
+fits at once are worked off in chunks of the expert-sorted list: the forward pass then keeps the pre-activations of the
+first chunk, and the backward pass computes those of the others again. Weight gradients of chunks are added up in fp32,
+in the caller's sums where it has some.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -17,11 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.kernels.expert_mlp import matmul_kernels as matmul
 from remoe.kernels.expert_mlp import rows_kernels as rows
+from remoe.kernels.expert_mlp.chunks import rows_at_once
 from remoe.kernels.expert_mlp.sums import Sums, added
-from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Sizes, Tiles, choose
+from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Quack, QuackTiles, Sizes, Tiles, choose
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = True
+_QUACKS_LARGEST = 2**31
+"""Numbers in a matrix: it counts them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Call:
     expert_size: int
     tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Made so far, by first row of the chunk and rows of a tile."""
+    starts: dict[int, Tensor] = field(default_factory=dict)
+    """Where each expert's rows begin in a chunk, and the end of all, [E+1] in int32; made so far, by its first row."""
 
     @property
     def num_rows(self) -> int:
@@ -56,9 +64,13 @@ class Call:
         return self.lists[3][-1:]
 
     def chunks(self, row_cap: int) -> Iterator[Chunk]:
-        """The whole list, or pieces of `row_cap` rows (0: no cap)."""
-        size = row_cap or max(1, self.num_rows)
-        return (Chunk(first, min(size, self.num_rows - first)) for first in range(0, self.num_rows, size))
+        """The whole list, or equal pieces of no more than `row_cap` rows (0: no cap)."""
+        size = rows_at_once(self.num_rows, row_cap)
+        for first in range(0, self.num_rows, max(1, size)):
+            chunk = Chunk(first, min(size, self.num_rows - first))
+            if self.choices.reads_starts:  # made first: QuACK's products read it before the kernel before them ends
+                self.starts[first] = (self.lists[3] - first).clamp(0, chunk.size).to(torch.int32)
+            yield chunk
 
     def token(self, chunk: Chunk) -> Tensor:
         """The token of each row of a chunk."""
@@ -70,15 +82,16 @@ class Call:
 
 
 def forward(
-    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int
-) -> tuple[Tensor, Tensor]:
-    """See remoe::expert_mlp. Keeps the pre-activations [N, 2F], or nothing [0, 2F] with more rows than the cap."""
-    call = _call(weights_TE, down_proj, lists)
+    hidden_TH: Tensor, weights_TE: Tensor, gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int,
+    quack: Quack = "never",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See remoe::expert_mlp. Keeps the pre-activations of the first chunk of rows [N, 2F]."""
+    call = _call(weights_TE, down_proj, lists, quack)
     is_whole = _is_whole(call, row_cap)
-    kept_N2F = hidden_TH.new_empty((call.num_rows if is_whole else 0, gate_up_proj.shape[1]))
+    kept_N2F = hidden_TH.new_empty((rows_at_once(call.num_rows, row_cap), gate_up_proj.shape[1]))
     out_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
-    for chunk in call.chunks(0 if is_whole else row_cap):
-        up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
+    for chunk in call.chunks(row_cap):
+        up_N2F = hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1])) if chunk.first else kept_N2F
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
         _combine(call, chunk, y_NH, out_TH, weighted=True, add=not is_whole)
@@ -90,9 +103,10 @@ def forward(
 def backward(
     grad_out_TH: Tensor, kept_N2F: Tensor, hidden_TH: Tensor, weights_TE: Tensor,
     gate_up_proj: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, sums: Sums | None = None,
+    quack: Quack = "never",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward; with `sums` those of the matrices are added to them and None is returned."""
-    call = _call(weights_TE, down_proj, lists)
+    call = _call(weights_TE, down_proj, lists, quack)
     matrices, dtype = (gate_up_proj, down_proj), hidden_TH.dtype
     if call.num_rows == 0:
         zeros = (torch.zeros_like(matrix) for matrix in matrices)
@@ -104,9 +118,9 @@ def backward(
     gate_up_sum, down_sum = sums or (None, None)
     if sums is None and not is_whole:
         gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
-    for chunk in call.chunks(0 if is_whole else row_cap):
-        up_N2F = kept_N2F if is_whole else hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1]))
-        if not is_whole:
+    for chunk in call.chunks(row_cap):
+        up_N2F = hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1])) if chunk.first else kept_N2F
+        if chunk.first:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
@@ -128,10 +142,13 @@ def _is_whole(call: Call, row_cap: int) -> bool:
     return row_cap == 0 or call.num_rows <= row_cap
 
 
-def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists) -> Call:
+def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, quack: Quack) -> Call:
     num_experts, hidden_size, expert_size = down_proj.shape
     sizes = Sizes(hidden_size, expert_size, num_experts, lists[0].shape[0] / num_experts)
-    return Call(lists, weights_TE.contiguous(), choose(sizes, down_proj.dtype), num_experts, hidden_size, expert_size)
+    longest = max(lists[0].shape[0], num_experts * hidden_size)
+    fits_quack = max(weights_TE.shape[0] * hidden_size, 2 * expert_size * longest) < _QUACKS_LARGEST
+    choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
+    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size)
 
 
 def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
@@ -143,7 +160,7 @@ def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
 
 def _new_tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
     num_m = triton.cdiv(chunk.size, block_m) + call.num_experts
-    tiles = torch.empty((3, num_m), dtype=torch.int32, device=call.weights_TE.device)
+    tiles = torch.empty(3 * num_m + 1, dtype=torch.int32, device=call.weights_TE.device)
     block_e = triton.next_power_of_2(call.num_experts)
     block = max(16, min(256, 16384 // block_e))
     rows.tile_map_kernel[(triton.cdiv(num_m, block),)](
@@ -176,6 +193,11 @@ class _Source:
         return self.x_TH if self.is_gathered else self.rows
 
     @property
+    def token_N(self) -> Tensor | None:
+        """The token of each row in int32, where rows are gathered."""
+        return self.call.token(self.chunk)[: self.chunk.size].to(torch.int32) if self.is_gathered else None
+
+    @property
     def rows(self) -> Tensor:
         """The rows [N, H]."""
         if self._copy_NH is None:
@@ -191,12 +213,19 @@ def _swiglu(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor, u
     """silu(gate) * up of the chunk's rows [N, F]; writes the pre-activations."""
     tiles, x = call.choices.swiglu, _Source(call, chunk, hidden_TH)
     act_NF = up_N2F.new_empty((chunk.size, call.expert_size))
+    if isinstance(tiles, QuackTiles):
+        _quack().swiglu(tiles, x.tensor, x.token_N, gate_up_proj, call.starts[chunk.first], up_N2F, act_NF)
+        return act_NF
     tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(call.expert_size, tiles.n)
-    num_m = tile_map.shape[1]
-    matmul.swiglu_fwd_kernel[(num_m * num_n,)](
-        x.tensor, x.blocks(tiles.m, tiles.k), _blocks(gate_up_proj, tiles.n, tiles.k), call.token(chunk), tile_map,
-        up_N2F, act_NF, call.hidden_size, call.expert_size, num_m, num_n,
-        GATHER=x.is_gathered, **tiles.constants(up_N2F.dtype),
+    num_m = len(tile_map) // 3
+    num_programs = min(num_m * num_n, _resident_programs(act_NF.device, tiles.m, 2 * tiles.n))
+    gates_and_ups = gate_up_proj.reshape(2 * call.num_experts, call.expert_size, call.hidden_size)
+    matmul.swiglu_fwd_kernel[(num_programs,)](
+        x.tensor, x.blocks(tiles.m, tiles.k), TensorDescriptor.from_tensor(gates_and_ups, [2, tiles.n, tiles.k]),
+        call.token(chunk), tile_map, up_N2F, act_NF,
+        *(TensorDescriptor.from_tensor(out.view(chunk.size, -1, call.expert_size), [tiles.m, 1, tiles.n])
+          for out in (up_N2F, act_NF)),
+        call.hidden_size, call.expert_size, num_m, num_n, GATHER=x.is_gathered, **tiles.constants(up_N2F.dtype),
     )  # fmt: skip
     return act_NF
 
@@ -211,23 +240,29 @@ def _swiglu_backward(
     block_r = max(1, 2048 // block_f)
     rows.swiglu_bwd_kernel[(triton.cdiv(chunk.size, block_r),)](
         act_NF, up_N2F, grad_up_N2F, call.weights_TE, call.pair(chunk), grad_weights_TE, call.end, call.expert_size,
-        chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f,
+        chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f, INTERLEAVED=call.choices.interleaves,
     )  # fmt: skip
     return grad_up_N2F, act_NF
 
 
 def _rows_matmul(
-    call: Call, chunk: Chunk, x: Tensor | _Source, weight: Tensor, tiles: Tiles | None, *, transposed: bool
+    call: Call, chunk: Chunk, x: Tensor | _Source, weight: Tensor, tiles: Tiles | QuackTiles | None, *, transposed: bool
 ) -> Tensor:
     """Rows through their expert's matrix: stored [N, K] where `transposed`, else [K, N]."""
     if tiles is None:
         rows_NK = x.rows if isinstance(x, _Source) else x
         return F.grouped_mm(rows_NK, weight.transpose(1, 2) if transposed else weight, offs=_ends(call, chunk))
     num_out, num_in = weight.shape[1:] if transposed else weight.shape[:0:-1]
+    if isinstance(tiles, QuackTiles):
+        x_rows, token_N = (x.tensor, x.token_N) if isinstance(x, _Source) else (x, None)
+        out = x_rows.new_empty((chunk.size, num_out))
+        weight_ENK = weight if transposed else weight.mT
+        _quack().rows_matmul(tiles, x_rows, token_N, weight_ENK, call.starts[chunk.first], out)
+        return out
     x_rows, x_blocks, gathers = _side(x, tiles.m, tiles.k)
     out = x_rows.new_empty((chunk.size, num_out))
     tile_map, num_n = _tile_map(call, chunk, tiles.m), triton.cdiv(num_out, tiles.n)
-    num_m = tile_map.shape[1]
+    num_m = len(tile_map) // 3
     weight_block = (tiles.n, tiles.k) if transposed else (tiles.k, tiles.n)
     matmul.rows_matmul_kernel[(num_m * num_n,)](
         x_rows, x_blocks, _blocks(weight, *weight_block), call.token(chunk), tile_map, out, num_in, num_out,
@@ -237,10 +272,12 @@ def _rows_matmul(
 
 
 def _weight_grad(
-    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: Tiles | None,
+    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: Tiles | QuackTiles | None,
     matrix_sum: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """out[e] = left^T right over the expert's rows; or the sum, with that added."""
+    if isinstance(tiles, QuackTiles):
+        return _quack_weight_grad(call, chunk, left, right, tiles, matrix_sum)
     if tiles is None and matrix_sum is None:
         return _grouped_weight_grad(call, chunk, left, right)
     tiles = tiles or IN_PLACE_OF_GROUPED_MM  # which cannot add to what is there
@@ -249,7 +286,7 @@ def _weight_grad(
     num_left, num_right = left_rows.shape[1], right_rows.shape[1]
     out = left_rows.new_empty((call.num_experts, num_left, num_right)) if matrix_sum is None else matrix_sum
     num_m, num_n = triton.cdiv(num_left, tiles.m), triton.cdiv(num_right, tiles.n)
-    num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles))
+    num_programs = min(call.num_experts * num_m * num_n, _resident_programs(out.device, tiles.m, tiles.n))
     matmul.weight_grad_kernel[(num_programs,)](
         left_rows, right_rows, left_blocks, right_blocks, call.token(chunk), call.lists[3],
         TensorDescriptor.from_tensor(out, [1, tiles.m, tiles.n // 4]), num_left, num_right, call.num_experts,
@@ -260,11 +297,11 @@ def _weight_grad(
 
 
 @cache
-def _resident_programs(device: torch.device, tiles: Tiles) -> int:
+def _resident_programs(device: torch.device, m: int, n: int) -> int:
     """Programs of a product that run at a time: a multiprocessor's registers hold the sums of so many tiles."""
     if device.type != "cuda":  # Triton's interpreter
         return 4
-    tiles_at_a_time = max(1, min(8, 128 * 256 // (tiles.m * tiles.n)))
+    tiles_at_a_time = max(1, min(8, 128 * 256 // (m * n)))
     return torch.cuda.get_device_properties(device).multi_processor_count * tiles_at_a_time
 
 
@@ -286,8 +323,28 @@ def _grouped_weight_grad(call: Call, chunk: Chunk, left: Tensor | _Source, right
     return out
 
 
+def _quack_weight_grad(
+    call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: QuackTiles,
+    matrix_sum: Tensor | None,
+) -> Tensor:  # fmt: skip
+    left_rows, right_rows = (side.tensor if isinstance(side, _Source) else side for side in (left, right))
+    shape = call.num_experts, left_rows.shape[1], right_rows.shape[1]
+    out = left_rows.new_empty(shape) if matrix_sum is None else matrix_sum
+    product = partial(_quack().weight_grad, tiles, call.starts[chunk.first], add=matrix_sum is not None)
+    if isinstance(right, _Source):  # the side that may be gathered comes first
+        product(right_rows, right.token_N, left_rows, out.mT)
+    else:
+        product(left_rows, left.token_N if isinstance(left, _Source) else None, right_rows, out)
+    return out
+
+
+@cache
+def _quack() -> ModuleType:
+    return import_module("remoe.kernels.expert_mlp.quack_products")  # an extra: only where the choices name it
+
+
 def _ends(call: Call, chunk: Chunk) -> Tensor:
-    return (call.lists[3][1:] - chunk.first).clamp(0, chunk.size).to(torch.int32)
+    return call.starts[chunk.first][1:]
 
 
 def _gather(call: Call, chunk: Chunk, x_TH: Tensor) -> Tensor:

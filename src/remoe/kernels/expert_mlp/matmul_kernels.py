@@ -25,42 +25,46 @@ def _rows_of(tile_ptr, m, num_m):
 
 @triton.jit
 def swiglu_fwd_kernel(
-    x_ptr, x_desc, w_desc, token_ptr, tile_ptr, up_ptr, act_ptr, H, F, num_m, num_n,
+    x_ptr, x_desc, w_desc, token_ptr, tile_ptr, up_ptr, act_ptr, up_desc, act_desc, H, F, num_m, num_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """act = silu(gate) * up of rows [N, F], with gate and up = x W^T kept in up_ptr [N, 2F]; x gathered or in rows."""
-    m, n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
-    expert, first, last = _rows_of(tile_ptr, m, num_m)
-    if expert < 0:
-        return
-    row_M = first + tl.arange(0, BLOCK_M)
-    k_K = tl.arange(0, BLOCK_K)
-    if GATHER:
-        token_M = tl.load(token_ptr + row_M, mask=row_M < last, other=0)
-        x_MK = x_ptr + token_M[:, None] * H + k_K[None, :]
-    gate_row = expert * 2 * F + n * BLOCK_N
-    gate_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, H, BLOCK_K):
+    """act = silu(gate) * up of rows [N, F], with gate and up = x W^T kept in up_ptr [N, 2F]; x gathered or in rows.
+
+    W is read as [2E, F, H], whose block of two is a tile's gate and up columns: one product. Programs take one tile
+    after the other, so that the bulk copies which write a whole tile go on while the next one is computed.
+    """
+    tiles_m = tl.load(tile_ptr + 3 * num_m)
+    for tile in tl.range(tl.program_id(0), tiles_m * num_n, tl.num_programs(0)):
+        m, n = _tile(tile, tiles_m, num_n, GROUP_M)
+        expert, first, last = _rows_of(tile_ptr, m, num_m)
+        row_M = first + tl.arange(0, BLOCK_M)
+        k_K = tl.arange(0, BLOCK_K)
         if GATHER:
-            x = tl.load(x_MK + k, mask=k_K[None, :] < H - k, other=0.0)
-        else:
-            x = x_desc.load([first, k])
-        w_gate = w_desc.load([gate_row, k])
-        w_up = w_desc.load([gate_row + F, k])
-        gate_MN = tl.dot(x, w_gate.T, gate_MN, input_precision=PRECISION)
-        up_MN = tl.dot(x, w_up.T, up_MN, input_precision=PRECISION)
-    f_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (row_M[:, None] < last) & (f_N[None, :] < F)
-    dtype = act_ptr.dtype.element_ty
-    gate_MN = gate_MN.to(dtype).to(tl.float32)  # what the backward pass will read
-    up_MN = up_MN.to(dtype).to(tl.float32)
-    at = row_M[:, None].to(tl.int64) * F + f_N[None, :]
-    tl.store(act_ptr + at, (gate_MN * tl.sigmoid(gate_MN) * up_MN).to(dtype), mask=inside)
-    at = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
-    tl.store(up_ptr + at, gate_MN.to(dtype), mask=inside)
-    tl.store(up_ptr + at + F, up_MN.to(dtype), mask=inside)
+            token_M = tl.load(token_ptr + row_M, mask=row_M < last, other=0)
+            x_MK = x_ptr + token_M[:, None] * H + k_K[None, :]
+        both_M2N = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for k in range(0, H, BLOCK_K):
+            if GATHER:
+                x = tl.load(x_MK + k, mask=k_K[None, :] < H - k, other=0.0)
+            else:
+                x = x_desc.load([first, k])
+            w = tl.reshape(w_desc.load([2 * expert, n * BLOCK_N, k]), (2 * BLOCK_N, BLOCK_K))
+            both_M2N = tl.dot(x, w.T, both_M2N, input_precision=PRECISION)
+        gate_MN, up_MN = _halves(both_M2N.to(act_ptr.dtype.element_ty), BLOCK_M, 2 * BLOCK_N)
+        gate = gate_MN.to(tl.float32)  # rounded: what the backward pass will read
+        act_MN = (gate * tl.sigmoid(gate) * up_MN.to(tl.float32)).to(act_ptr.dtype.element_ty)
+        if first + BLOCK_M <= last:
+            up_desc.store([first, 0, n * BLOCK_N], tl.reshape(gate_MN, (BLOCK_M, 1, BLOCK_N)))
+            up_desc.store([first, 1, n * BLOCK_N], tl.reshape(up_MN, (BLOCK_M, 1, BLOCK_N)))
+            act_desc.store([first, 0, n * BLOCK_N], tl.reshape(act_MN, (BLOCK_M, 1, BLOCK_N)))
+        else:  # the rows after the last are another expert's
+            f_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = (row_M[:, None] < last) & (f_N[None, :] < F)
+            tl.store(act_ptr + row_M[:, None].to(tl.int64) * F + f_N[None, :], act_MN, mask=inside)
+            at = row_M[:, None].to(tl.int64) * (2 * F) + f_N[None, :]
+            tl.store(up_ptr + at, gate_MN, mask=inside)
+            tl.store(up_ptr + at + F, up_MN, mask=inside)
 
 
 @triton.jit

@@ -12,7 +12,10 @@ def tile_map_kernel(
     offsets_ptr, tile_ptr, num_experts, num_m, first_row, num_rows,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cut each expert's rows in the chunk into tiles of BLOCK_M: expert (-1: no such tile), first row, end of rows."""
+    """Cut each expert's rows in the chunk into tiles of BLOCK_M: expert (-1: no such tile), first row, end of rows.
+
+    tile_ptr [3 num_m + 1]: those of all tiles, each in its turn, and how many tiles there are.
+    """
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert_E = tl.arange(0, BLOCK_E)
     is_expert_E = expert_E < num_experts
@@ -32,6 +35,8 @@ def tile_map_kernel(
     tl.store(tile_ptr + tile, tl.where(exists, expert, -1), mask=tile < num_m)
     tl.store(tile_ptr + num_m + tile, begin + (tile - tiles_before) * BLOCK_M, mask=tile < num_m)
     tl.store(tile_ptr + 2 * num_m + tile, end, mask=tile < num_m)
+    if tl.program_id(0) == 0:
+        tl.store(tile_ptr + 3 * num_m, tl.sum(tiles_E, axis=0))
 
 
 @triton.jit
@@ -84,12 +89,12 @@ def combine_blocks(num_rows: int, num_tokens: int, hidden_size: int) -> dict[str
 @triton.jit
 def swiglu_bwd_kernel(
     act_ptr, up_ptr, grad_up_ptr, weights_ptr, pair_ptr, grad_weights_ptr, end_ptr, F, first_row, num_rows,
-    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """From dA [N, F], before the gate: the gradient of the pre-activations [N, 2F], the gates', and gate * act.
 
     The gate's gradient is <dA, act> with act computed again, so that the experts' output is never kept. gate * act
-    takes the place of dA.
+    takes the place of dA. Pre-activations may be INTERLEAVED, gate and up of each number; their gradient never is.
     """
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     end = tl.minimum(tl.load(end_ptr) - first_row, num_rows)
@@ -105,8 +110,12 @@ def swiglu_bwd_kernel(
         at = row_R[:, None].to(tl.int64) * F + f_F[None, :]
         at_up = row_R[:, None].to(tl.int64) * (2 * F) + f_F[None, :]
         grad_act = tl.load(act_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(up_ptr + at_up, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0).to(tl.float32)
+        if INTERLEAVED:
+            gate, up = _pairs(up_ptr, row_R, is_row, f, F, BLOCK_R, BLOCK_F)
+        else:
+            gate = tl.load(up_ptr + at_up, mask=inside, other=0.0)
+            up = tl.load(up_ptr + at_up + F, mask=inside, other=0.0)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         act = silu * up
@@ -117,6 +126,15 @@ def swiglu_bwd_kernel(
         tl.store(grad_up_ptr + at_up, grad_gate.to(dtype), mask=inside)
         tl.store(grad_up_ptr + at_up + F, (grad_act * silu).to(dtype), mask=inside)
     tl.store(grad_weights_ptr + pair_R, grad_weight_R.to(grad_weights_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _pairs(ptr, row_R, is_row, f, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The first and the second of each pair of numbers, from pair f of rows of F pairs."""
+    at_2F = 2 * f + tl.arange(0, 2 * BLOCK_F)
+    inside = is_row[:, None] & (at_2F[None, :] < 2 * F)
+    both = tl.load(ptr + row_R[:, None].to(tl.int64) * (2 * F) + at_2F[None, :], mask=inside, other=0.0)
+    return tl.split(tl.reshape(both, (BLOCK_R, BLOCK_F, 2)))
 
 
 @triton.jit

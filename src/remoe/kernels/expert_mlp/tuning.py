@@ -10,7 +10,8 @@ import torch
 
 from remoe.errors import ConfigError
 from remoe.kernels.expert_mlp import tiles
-from remoe.kernels.expert_mlp.tiles import COPIED, GATHERED, GROUPED_MM, TABLE, Sizes
+from remoe.kernels.expert_mlp.backends import has_quack
+from remoe.kernels.expert_mlp.tiles import COPIED, GATHERED, GROUPED_MM, QUACK, TABLE, Sizes
 
 _FUSED = (
     "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8", "128x128x64 w8 s4 g16", "128x64x64 w4 s3 g8", "128x64x64 w8 s4 g8",
@@ -20,6 +21,10 @@ _PLAIN = (
     "128x256x64 w8 s3 g8", "128x256x64 w8 s4 g8", "256x128x64 w8 s3 g8", "128x128x64 w8 s3 g8", "128x128x64 w8 s4 g8",
     "128x128x64 w4 s3 g8", "128x256x64 w8 s3 g16", "64x256x64 w4 s3 g8",
 )  # fmt: skip
+_QUACK = tuple(
+    f"{QUACK} {tiles}"
+    for tiles in ("128x192 c2 pingpong", "128x192 c1 pingpong", "128x128 c1 pingpong", "128x256 c2", "128x256 c1")
+)
 _CANDIDATES = {
     "rows": (GATHERED, COPIED),
     "swiglu": _FUSED,
@@ -32,11 +37,19 @@ _CANDIDATES = {
 
 
 def parts(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, list[str]]:
-    """The choices of each part, today's first. Raises ConfigError where the Triton path does not run."""
+    """The choices of each part, today's first: QuACK's and the one without it, or ours and torch's where it is missing.
+
+    Raises ConfigError where the Triton path does not run.
+    """
     if device.type != "cuda":
         raise ConfigError(f"--device is {device.type}, must be cuda: only the kernels of GPUs have choices")
-    today = tiles.words_of(_sizes(shape), dtype)
-    return {part: list(dict.fromkeys((today[part], *choices))) for part, choices in _CANDIDATES.items()}
+    sizes = _sizes(shape)
+    without = tiles.words_of(sizes, dtype)
+    if not has_quack(device):
+        return {part: list(dict.fromkeys((without[part], *choices))) for part, choices in _CANDIDATES.items()}
+    today = tiles.words_of(sizes, dtype, "where faster")
+    candidates = {part: (*_QUACK, without[part]) for part in _CANDIDATES} | {"rows": _CANDIDATES["rows"]}
+    return {part: list(dict.fromkeys((today[part], *choices))) for part, choices in candidates.items()}
 
 
 def forced(part: str, choice: str) -> AbstractContextManager[None]:
@@ -48,15 +61,21 @@ def save(rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
     """Write the table that the op reads; rows of other shapes that are in it stay."""
     path = path or TABLE
     kept: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    new: list[dict[str, Any]] = [
-        {"device": row["device"], "shape": row["shape"]}
-        | {"sizes": _sizes(row["sizes"])._asdict(), "choices": row["best"]}
-        for row in rows
-    ]
-    names = {row["shape"] for row in new}
-    table = {"rows": [row for row in kept if row["shape"] not in names] + new}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    table = {row["shape"]: row for row in kept}
+    for row in rows:
+        table[row["shape"]] = _merged(table.get(row["shape"]), row)
+    path.write_text(json.dumps({"rows": list(table.values())}, indent=1) + "\n")
     return path
+
+
+def _merged(before: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: what was found with QuACK at hand stands beside what there was found without."""
+    about = {"device": row["device"], "shape": row["shape"], "sizes": _sizes(row["sizes"])._asdict()}
+    if not any(word.startswith(QUACK) for word in row["best"].values()):
+        return about | {"choices": row["best"]}
+    without = before["choices"] if before else tiles.words_of(_sizes(row["sizes"]), torch.bfloat16)
+    with_quack = {part: word for part, word in row["best"].items() if word != without[part]}
+    return about | {"choices": without, QUACK: with_quack}
 
 
 def _sizes(shape: Mapping[str, int]) -> Sizes:
