@@ -34,7 +34,7 @@ ASSUMED: dict[str, tuple[float, str, str]] = {
     "eager_block_passes": (
         494,
         "passes over a layer's hidden states",
-        "fitted to eager steps of 2026-11-28, results/gpu/before, with the experts of then",
+        "as eager steps of 2026-11-28 had it, with slower experts",
     ),
     "attention_host": (2.0e-3, "s", "launches of one attention block, forward and backward"),
     "dense_host": (1.0e-3, "s", "launches of one dense MLP, forward and backward"),

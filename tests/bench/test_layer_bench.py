@@ -214,14 +214,18 @@ def test_our_kernels_are_rated_by_their_products_or_their_traffic(monkeypatch: p
     assert everything["calls"] == 6
 
 
-def test_nothing_is_rated_in_a_step_whose_layers_compute_rows_again(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("swiglu", ["swiglu_fwd_kernel", "kernel_quackgemm_actGemmGatedSm90_object"])
+@pytest.mark.parametrize(("num_forward", "is_rated"), [(2, True), (3, False)])
+def test_nothing_is_rated_in_a_step_whose_layers_compute_rows_again(
+    swiglu: str, num_forward: int, is_rated: bool, monkeypatch: pytest.MonkeyPatch
+):
     kernels = [
-        {"kernel": "swiglu_fwd_kernel", "calls": 3, "us": 1000.0, "share": 0.6},
+        {"kernel": swiglu, "calls": num_forward, "us": 1000.0, "share": 0.6},
         {"kernel": "swiglu_bwd_kernel", "calls": 2, "us": 500.0, "share": 0.4},
     ]
     monkeypatch.setattr(profile, "kernels_of", lambda call, clock: kernels)
     forward, backward, _ = profile.profile_step(lambda: None, SHAPES["remoe182m_E8"], Clock(CPU), 2)
-    assert not {"tflops", "gb_per_second"} & (forward.keys() | backward.keys())
+    assert ("tflops" in forward, "gb_per_second" in backward) == (is_rated, is_rated)
 
 
 def test_a_relative_error_counts_a_nan():

@@ -12,8 +12,7 @@ from remoe.kernels.expert_mlp import backends
     [
         ("triton", True, ""),
         ("triton", False, "; triton is not installed; it comes with: pip install 'remoe[triton]'"),
-        ("quack", True, ""),
-        ("quack", False, "; quack-kernels is not installed; it comes with: pip install 'remoe[quack]'"),
+        ("quack", False, "; QuACK's products are for Hopper GPUs, bf16 and fp16"),
         ("grouped_mm", False, ""),
     ],
 )
@@ -27,8 +26,22 @@ def test_kernels_that_cannot_run_here_are_told_and_how_to_get_those_that_are_mis
     assert str(caught.value) == said + fix
 
 
-def test_a_version_of_quack_that_was_not_tried_is_left_alone_and_said(monkeypatch):
+@pytest.mark.parametrize("version", ["0.3.10", "0.4.0", "0.6.5"])
+def test_a_version_of_quack_that_was_not_tried_is_left_alone_and_said(version, monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
-    monkeypatch.setattr(backends, "version", lambda name: "0.6.5")
-    with pytest.warns(RemoeWarning, match=r"version 0\.6\.5 is installed, 0\.3\.x is needed; fix: pip install"):
+    monkeypatch.setattr(backends, "version", lambda name: version)
+    with pytest.warns(
+        RemoeWarning, match=rf"version {version} is installed, 0\.3\.11 or a later 0\.3 is needed; fix: pip"
+    ):
+        assert not backends._imports_quack.__wrapped__()
+
+
+def test_a_quack_that_does_not_go_with_its_libraries_is_left_alone_and_said(monkeypatch):
+    def broken(name):
+        raise AttributeError("module 'cute.core' has no attribute 'ThrCopy'")
+
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "version", lambda name: "0.3.11.post1")
+    monkeypatch.setattr(backends, "import_module", broken)
+    with pytest.warns(RemoeWarning, match="Triton's are: module 'cute.core' has no attribute 'ThrCopy'; fix: pip"):
         assert not backends._imports_quack.__wrapped__()

@@ -92,7 +92,7 @@ def test_layers_have_their_capacities_only_inside():
         ([250, 250, 10, 10], [0]),  # the first of equals
         ([290, 110, 10], [0]),  # the other would not be enough
         ([250, 190, 10, 10], [1]),  # the smallest that is enough
-        ([180, 170, 100, 50], [0, 1]),  # none is enough alone
+        ([180, 180, 180, 0], [0, 1]),  # none is enough alone
         ([400, 400, 400], [0, 1, 2]),
         ([], []),
     ],

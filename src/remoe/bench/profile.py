@@ -64,8 +64,8 @@ def profile_step(call: Callable[[], Any], shape: LayerShape, clock: Clock, bytes
 def step_recomputes(kernels: Sequence[Kernel]) -> bool:
     """Whether some layers of a step compute their rows again: then how much work a call is cannot be told."""
     forward, backward = (
-        sum(kernel["calls"] for kernel in kernels if name in kernel["kernel"])
-        for name in ("swiglu_fwd_kernel", "swiglu_bwd_kernel")
+        sum(kernel["calls"] for kernel in kernels if re.search(pattern, kernel["kernel"]))
+        for pattern in (_WORK[0][0], "swiglu_bwd_kernel")
     )
     return forward != backward
 

@@ -47,7 +47,7 @@ class Tunable(Protocol):
         ...
 
     def save(self, rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
-        """Write the table that the op reads, from rows with `shape`, `sizes`, `device`, `dtype` and `best`."""
+        """Write the table that the op reads, from rows with `shape`, `sizes`, `device`, `best` and `tried`."""
         ...
 
 

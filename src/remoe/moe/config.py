@@ -72,5 +72,5 @@ class MoEConfig:
 
     @property
     def kept_rows_per_token(self) -> float:
-        """Rows that swiglu experts keep for the backward pass, a token; with more they work in chunks."""
+        """Rows that swiglu experts keep for the backward pass at most, a token; with more they work in chunks."""
         return _KEPT_ROWS * self.routed_top_k

@@ -23,7 +23,7 @@ class GroupedExperts(nn.Module):
         self.kernels = "auto"
         """The back-end of remoe::expert_mlp."""
         self.kept_rows_per_token = 0.0
-        """Rows that a call keeps for its backward pass, a token; with more it works in chunks. 0: any number."""
+        """Most rows that a call keeps for its backward pass, a token; with more it works in chunks. 0: any number."""
         self.keeps_all_rows = False
         """Keep any number after all: for a model whose layers together keep few enough."""
         self.gradient_sums: Sums | None = None
@@ -47,7 +47,7 @@ class GroupedExperts(nn.Module):
         return out_TH
 
     def row_cap(self, num_tokens: int) -> int:
-        """Rows that a call of so many tokens keeps; with more it works in chunks of so many. 0: any number."""
+        """Rows that a call of so many tokens keeps at most; with more it works in chunks. 0: any number."""
         return row_cap(self.kept_rows_per_token, num_tokens) if self.kept_rows_per_token else 0
 
 
@@ -71,7 +71,7 @@ class MergedExperts(GroupedExperts):
 
 
 def row_cap(kept_rows_per_token: float, num_tokens: int) -> int:
-    """Rows that a call keeps for its backward pass, so many a token but never few."""
+    """Rows that a call keeps for its backward pass at most, so many a token but never few."""
     return max(_ROWS_OF_NO_CONCERN, int(kept_rows_per_token * num_tokens))
 
 

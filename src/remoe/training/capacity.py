@@ -77,7 +77,7 @@ def rounded_up(rows: int) -> int:
 
 
 def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
-    """Which layers work in chunks of no more than `cap` rows, keep the first and compute the others again.
+    """Which layers work in chunks (`rows_at_once`), keep the first and compute the others again.
 
     A layer may keep more than `cap` rows where others keep fewer: all together no more than `cap` a layer, and none
     more than `MOST_SHARES` times that. Where they are too many, the smallest layer that is enough works in chunks, or

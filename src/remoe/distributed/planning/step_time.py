@@ -145,21 +145,22 @@ def _moe_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int)
     tokens = workload.num_tokens
     sizes = (moe.hidden_size, moe.expert_size, moe.routed_experts // parallel.expert, active)
     experts = layer_seconds(tokens, sizes, gpus, job.compute_bytes)
-    experts += _chunk_seconds(experts, active * tokens, row_cap(moe.kept_rows_per_token, tokens), sizes, gpus)
+    experts += _chunk_seconds(experts, tokens, row_cap(moe.kept_rows_per_token, tokens), sizes, gpus)
     busiest = gpus["expert_imbalance"] if parallel.expert > 1 else 1.0
     router = TRAINED * 2 * tokens * moe.hidden_size * moe.routed_experts / gpus["fp32_products"]
     return busiest * experts + router
 
 
-def _chunk_seconds(experts: float, num_rows: int, cap: int, sizes: tuple[int, int, int, int], gpus: Machine) -> float:
+def _chunk_seconds(experts: float, tokens: int, cap: int, sizes: tuple[int, int, int, int], gpus: Machine) -> float:
     """What rows above the cap cost beyond their products: those of rows that were not kept are made again, and each
     chunk reads and writes fp32 sums, of the output, of the tokens' gradients and of the matrices'.
     """
+    hidden_size, expert_size, num_experts, active = sizes
+    num_rows = active * tokens
     at_once = rows_at_once(num_rows, cap)
     if at_once == num_rows:
         return 0.0
-    hidden_size, expert_size, num_experts, active = sizes
-    sums = 2 * (num_rows // active) * hidden_size + 3 * num_experts * hidden_size * expert_size
+    sums = 2 * tokens * hidden_size + 3 * num_experts * hidden_size * expert_size
     again = (1 - at_once / num_rows) * COMPUTED_AGAIN * experts
     return again + num_rows / at_once * 2 * 4 * sums / gpus["memory_rate"]
 

@@ -1,5 +1,6 @@
 """The ways to run the experts, and which one a tensor gets."""
 
+import re
 import warnings
 from functools import cache, partial
 from importlib import import_module
@@ -20,7 +21,8 @@ NAMES = ("auto", "triton", "quack", "grouped_mm", "plain")
 product where it is faster; quack: QuACK's products beside our kernels (Hopper, bf16, fp16); grouped_mm: torch's grouped
 product (GPU, bf16); plain: one matrix product an expert, anywhere."""
 
-_QUACK_VERSION = "0.3."
+_QUACK_VERSIONS = (0, 3, 11), (0, 4)
+"""From the first, which can read gate and up columns as halves, to before the second: later ones were not tried."""
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -29,7 +31,7 @@ Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):
-    """A module with the two passes of remoe::expert_mlp."""
+    """What has the two passes of remoe::expert_mlp."""
 
     CHUNKS: bool
     """Whether rows above the cap are worked off in chunks."""
@@ -48,13 +50,18 @@ def pick(name: str, hidden_TH: Tensor) -> Backend:
     """The named back-end, or the best for this tensor's device and dtype. Raises ConfigError for one it cannot use."""
     usable = _usable(hidden_TH.device, hidden_TH.dtype, hidden_TH.shape[-1] % 8 == 0)
     if name != "auto" and name not in usable:
-        extra = {"triton": "triton", "quack": "quack-kernels"}.get(name)
-        missing = f"; {MissingExtraError(extra, name)}" if extra and not find_spec(name) else ""
         raise ConfigError(
             f"kernels is {name!r}, must be one of auto, {', '.join(usable)} for {hidden_TH.dtype} of width "
-            f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}{missing}"
+            f"{hidden_TH.shape[-1]} on {hidden_TH.device.type}{_what_is_missing(name, hidden_TH)}"
         )
     return _load(usable[0] if name == "auto" else name, name == "auto")
+
+
+def _what_is_missing(name: str, hidden_TH: Tensor) -> str:
+    if name == "quack" and not (_is_hopper(hidden_TH.device) and hidden_TH.dtype in (torch.bfloat16, torch.float16)):
+        return "; QuACK's products are for Hopper GPUs, bf16 and fp16"
+    library = {"triton": "triton", "quack": "quack-kernels"}.get(name)
+    return f"; {MissingExtraError(library, name)}" if library and not find_spec(name) else ""
 
 
 @cache
@@ -73,21 +80,26 @@ def _usable(device: torch.device, dtype: torch.dtype, is_aligned: bool) -> tuple
 
 def has_quack(device: torch.device) -> bool:
     """Whether this is a Hopper GPU, and QuACK is there for it."""
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
-    return is_hopper and _imports_quack()
+    return _is_hopper(device) and _imports_quack()
+
+
+def _is_hopper(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
 def _imports_quack() -> bool:
-    """Whether QuACK is there, of the version that we call, with all that it needs."""
+    """Whether QuACK is there, of a version that we call, with all that it needs."""
     if not find_spec("quack"):
         return False
     try:
         found = version("quack-kernels")
-        if not found.startswith(_QUACK_VERSION):
-            raise ImportError(f"version {found} is installed, {_QUACK_VERSION}x is needed")
+        first, after = _QUACK_VERSIONS
+        if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < after:
+            raise ImportError(f"version {found} is installed, 0.3.11 or a later 0.3 is needed")
         import_module("remoe.kernels.expert_mlp.quack_products")
-    except (ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - libraries that do not go together fail in their own ways
         fix = "pip install 'remoe[quack]'"
         warnings.warn(f"QuACK's products are not used, Triton's are: {error}; fix: {fix}", RemoeWarning, stacklevel=2)
         return False

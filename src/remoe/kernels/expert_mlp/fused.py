@@ -27,7 +27,7 @@ from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Quac
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = True
 _QUACKS_LARGEST = 2**31
-"""Numbers in a matrix: it counts them in 32 bits."""
+"""Numbers in a matrix; larger ones were not tried, and are multiplied by Triton."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Call:
     """Made so far, by first row of the chunk and rows of a tile."""
     starts: dict[int, Tensor] = field(default_factory=dict)
     """Where each expert's rows begin in a chunk, and the end of all, [E+1] in int32; made so far, by its first row."""
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    """The token of each row of a chunk in int32; made so far, by its first row."""
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +66,7 @@ class Call:
         return self.lists[3][-1:]
 
     def chunks(self, row_cap: int) -> Iterator[Chunk]:
-        """The whole list, or equal pieces of no more than `row_cap` rows (0: no cap)."""
+        """The whole list, or equal pieces of it (`rows_at_once`)."""
         size = rows_at_once(self.num_rows, row_cap)
         for first in range(0, self.num_rows, max(1, size)):
             chunk = Chunk(first, min(size, self.num_rows - first))
@@ -75,6 +77,12 @@ class Call:
     def token(self, chunk: Chunk) -> Tensor:
         """The token of each row of a chunk."""
         return self.lists[0][chunk.first :]
+
+    def token_int32(self, chunk: Chunk) -> Tensor:
+        """The same in int32, as QuACK's products read it."""
+        if chunk.first not in self.tokens:
+            self.tokens[chunk.first] = self.token(chunk)[: chunk.size].to(torch.int32)
+        return self.tokens[chunk.first]
 
     def pair(self, chunk: Chunk) -> Tensor:
         """token * E + expert of each row of a chunk."""
@@ -145,8 +153,8 @@ def _is_whole(call: Call, row_cap: int) -> bool:
 def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, quack: Quack) -> Call:
     num_experts, hidden_size, expert_size = down_proj.shape
     sizes = Sizes(hidden_size, expert_size, num_experts, lists[0].shape[0] / num_experts)
-    longest = max(lists[0].shape[0], num_experts * hidden_size)
-    fits_quack = max(weights_TE.shape[0] * hidden_size, 2 * expert_size * longest) < _QUACKS_LARGEST
+    widest, num_rows = max(2 * expert_size, hidden_size), lists[0].shape[0]
+    fits_quack = widest * max(num_rows, weights_TE.shape[0], num_experts * hidden_size) < _QUACKS_LARGEST
     choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
     return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size)
 
@@ -195,7 +203,7 @@ class _Source:
     @property
     def token_N(self) -> Tensor | None:
         """The token of each row in int32, where rows are gathered."""
-        return self.call.token(self.chunk)[: self.chunk.size].to(torch.int32) if self.is_gathered else None
+        return self.call.token_int32(self.chunk) if self.is_gathered else None
 
     @property
     def rows(self) -> Tensor:
@@ -254,7 +262,7 @@ def _rows_matmul(
         return F.grouped_mm(rows_NK, weight.transpose(1, 2) if transposed else weight, offs=_ends(call, chunk))
     num_out, num_in = weight.shape[1:] if transposed else weight.shape[:0:-1]
     if isinstance(tiles, QuackTiles):
-        x_rows, token_N = (x.tensor, x.token_N) if isinstance(x, _Source) else (x, None)
+        x_rows, token_N = _to_gather(x)
         out = x_rows.new_empty((chunk.size, num_out))
         weight_ENK = weight if transposed else weight.mT
         _quack().rows_matmul(tiles, x_rows, token_N, weight_ENK, call.starts[chunk.first], out)
@@ -327,15 +335,20 @@ def _quack_weight_grad(
     call: Call, chunk: Chunk, left: Tensor | _Source, right: Tensor | _Source, tiles: QuackTiles,
     matrix_sum: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    left_rows, right_rows = (side.tensor if isinstance(side, _Source) else side for side in (left, right))
+    (left_rows, left_token_N), (right_rows, right_token_N) = _to_gather(left), _to_gather(right)
     shape = call.num_experts, left_rows.shape[1], right_rows.shape[1]
     out = left_rows.new_empty(shape) if matrix_sum is None else matrix_sum
     product = partial(_quack().weight_grad, tiles, call.starts[chunk.first], add=matrix_sum is not None)
     if isinstance(right, _Source):  # the side that may be gathered comes first
-        product(right_rows, right.token_N, left_rows, out.mT)
+        product(right_rows, right_token_N, left_rows, out.mT)
     else:
-        product(left_rows, left.token_N if isinstance(left, _Source) else None, right_rows, out)
+        product(left_rows, left_token_N, right_rows, out)
     return out
+
+
+def _to_gather(side: Tensor | _Source) -> tuple[Tensor, Tensor | None]:
+    """What QuACK's products read: rows, or tokens and which of them each row is."""
+    return (side.tensor, side.token_N) if isinstance(side, _Source) else (side, None)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What there is to choose for the Triton path, for `remoe bench tune`."""
+"""What there is to choose for the fused path, for `remoe bench tune`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ _CANDIDATES = {
 def parts(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, list[str]]:
     """The choices of each part, today's first: QuACK's and the one without it, or ours and torch's where it is missing.
 
-    Raises ConfigError where the Triton path does not run.
+    Raises ConfigError where the fused path does not run.
     """
     if device.type != "cuda":
         raise ConfigError(f"--device is {device.type}, must be cuda: only the kernels of GPUs have choices")
@@ -71,8 +71,10 @@ def save(rows: Sequence[Mapping[str, Any]], path: Path | None) -> Path:
 def _merged(before: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table: what was found with QuACK at hand stands beside what there was found without."""
     about = {"device": row["device"], "shape": row["shape"], "sizes": _sizes(row["sizes"])._asdict()}
-    if not any(word.startswith(QUACK) for word in row["best"].values()):
-        return about | {"choices": row["best"]}
+    tried = [word for times in row["tried"].values() for word in times]
+    if not any(word.startswith(QUACK) for word in tried):
+        with_quack = {QUACK: before[QUACK]} if before and QUACK in before else {}
+        return about | {"choices": row["best"]} | with_quack
     without = before["choices"] if before else tiles.words_of(_sizes(row["sizes"]), torch.bfloat16)
     with_quack = {part: word for part, word in row["best"].items() if word != without[part]}
     return about | {"choices": without, QUACK: with_quack}

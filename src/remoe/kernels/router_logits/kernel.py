@@ -1,7 +1,7 @@
 """A router's logits and their gradients: products with so few columns that reading the tokens is what takes time.
 
-Each product is one of three products of TF32 parts, summed in fp32: a half-precision token is exact in TF32, a weight
-is in two parts up to 2^-22. Gradients of bf16 tokens are products of bf16 parts, for which the tokens stay as they are:
+Products are three products of TF32 parts each, summed in fp32: a half-precision token is exact in TF32, a weight is in
+two parts up to 2^-22. But gradients of bf16 tokens are products of bf16 parts, for which the tokens stay as they are:
 three parts hold all 24 bits of a number, and two hold 16 where the sum is rounded to 8.
 """
 
