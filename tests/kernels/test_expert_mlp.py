@@ -186,11 +186,15 @@ def relative_errors(actual, expected):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def skip_without(backend):
+    if backend == "quack" and not has_quack(torch.device("cuda")):
+        pytest.skip("needs QuACK and a Hopper GPU")
+
+
 @pytest.fixture(params=["triton", "quack"])
 def kernels(request):
     """The name of a fused back-end that this machine has."""
-    if request.param == "quack" and not has_quack(torch.device("cuda")):
-        pytest.skip("needs QuACK and a Hopper GPU")
+    skip_without(request.param)
     return request.param
 
 
@@ -234,7 +238,11 @@ def test_sums_on_a_gpu_are_as_exact_as_the_plain_path_and_the_same_on_every_run(
         assert ours <= 1.5 * theirs + 1e-6
 
 
-def unwritten_rows_change_nothing(backend):
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("backend", ["triton", "quack", "grouped_mm"])
+def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(backend):
+    skip_without(backend)
     routing_map, tensors = random_inputs(700, 8, 64, 96, 0.4)
     rounded = on_gpu(tensors, torch.bfloat16)
     routing_map = routing_map.cuda()
@@ -247,18 +255,6 @@ def unwritten_rows_change_nothing(backend):
     for other in (run(routing_map.numel(), 0), run(routing_map.numel(), 256)):
         for a, b in zip(whole, other, strict=True):  # other tiles, other order of sums; chunks round once more
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
-
-
-@pytest.mark.gpu
-@gpu
-def test_unwritten_rows_of_a_capacity_and_chunks_change_nothing(kernels):
-    unwritten_rows_change_nothing(kernels)
-
-
-@pytest.mark.gpu
-@gpu
-def test_unwritten_rows_of_a_capacity_change_nothing_in_the_grouped_product_of_torch():
-    unwritten_rows_change_nothing("grouped_mm")
 
 
 @pytest.mark.gpu
