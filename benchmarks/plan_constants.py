@@ -88,7 +88,7 @@ def block_passes(values: dict[str, Any]) -> tuple[float, str, str]:
     for row in measured_models(ROOT / "results"):
         if row.gpu == gpus.name and row.is_for_fit:
             job = row.job
-            seconds = step_time(job, row.parallel, gpus, at_start=row.at_start).total
+            seconds = step_time(job, row.parallel, gpus).total
             a_pass = job.tokens * job.model.hidden_size * job.compute_bytes * job.model.num_layers
             found.append((job.tokens / row.tokens_per_second - seconds) * gpus["memory_rate"] / a_pass)
             dates.add(row.date)

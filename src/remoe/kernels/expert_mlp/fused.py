@@ -48,6 +48,8 @@ class Call:
     num_experts: int
     hidden_size: int
     expert_size: int
+    rows_at_once: int
+    """Of a chunk; the pre-activations of so many are kept."""
     tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Made so far, by first row of the chunk and rows of a tile."""
     starts: dict[int, Tensor] = field(default_factory=dict)
@@ -65,11 +67,15 @@ class Call:
         """The number of rows, on the device."""
         return self.lists[3][-1:]
 
-    def chunks(self, row_cap: int) -> Iterator[Chunk]:
-        """The whole list, or equal pieces of it (`rows_at_once`)."""
-        size = rows_at_once(self.num_rows, row_cap)
-        for first in range(0, self.num_rows, max(1, size)):
-            chunk = Chunk(first, min(size, self.num_rows - first))
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are one chunk."""
+        return self.rows_at_once == self.num_rows
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The whole list, or equal pieces of it."""
+        for first in range(0, self.num_rows, max(1, self.rows_at_once)):
+            chunk = Chunk(first, min(self.rows_at_once, self.num_rows - first))
             if self.choices.reads_starts:  # made first: QuACK's products read it before the kernel before them ends
                 self.starts[first] = (self.lists[3] - first).clamp(0, chunk.size).to(torch.int32)
             yield chunk
@@ -94,15 +100,14 @@ def forward(
     quack: Quack = "never",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp. Keeps the pre-activations of the first chunk of rows [N, 2F]."""
-    call = _call(weights_TE, down_proj, lists, quack)
-    is_whole = _is_whole(call, row_cap)
-    kept_N2F = hidden_TH.new_empty((rows_at_once(call.num_rows, row_cap), gate_up_proj.shape[1]))
-    out_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
-    for chunk in call.chunks(row_cap):
-        up_N2F = hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1])) if chunk.first else kept_N2F
+    call = _call(weights_TE, down_proj, lists, row_cap, quack)
+    kept_N2F = hidden_TH.new_empty((call.rows_at_once, gate_up_proj.shape[1]))
+    out_TH = torch.empty_like(hidden_TH) if call.is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    for chunk in call.chunks():
+        up_N2F = _kept_or_new(kept_N2F, chunk)
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
-        _combine(call, chunk, y_NH, out_TH, weighted=True, add=not is_whole)
+        _combine(call, chunk, y_NH, out_TH, weighted=True, add=not call.is_whole)
     if call.num_rows == 0:
         out_TH.zero_()
     return out_TH.to(hidden_TH.dtype), kept_N2F
@@ -114,20 +119,19 @@ def backward(
     quack: Quack = "never",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward; with `sums` those of the matrices are added to them and None is returned."""
-    call = _call(weights_TE, down_proj, lists, quack)
+    call = _call(weights_TE, down_proj, lists, row_cap, quack)
     matrices, dtype = (gate_up_proj, down_proj), hidden_TH.dtype
     if call.num_rows == 0:
         zeros = (torch.zeros_like(matrix) for matrix in matrices)
         return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *added(sums, *zeros)
-    is_whole = _is_whole(call, row_cap)
-    grad_x_TH = torch.empty_like(hidden_TH) if is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    grad_x_TH = torch.empty_like(hidden_TH) if call.is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
     grad_weights_TE = torch.zeros_like(weights_TE)
     grads: Sums | None = None
     gate_up_sum, down_sum = sums or (None, None)
-    if sums is None and not is_whole:
+    if sums is None and not call.is_whole:
         gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
-    for chunk in call.chunks(row_cap):
-        up_N2F = hidden_TH.new_empty((chunk.size, gate_up_proj.shape[1])) if chunk.first else kept_N2F
+    for chunk in call.chunks():
+        up_N2F = _kept_or_new(kept_N2F, chunk)
         if chunk.first:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         grad_y = _Source(call, chunk, grad_out_TH)
@@ -139,24 +143,26 @@ def backward(
         del x
         grads = grad_gate_up, grad_down
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
-        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not is_whole)
+        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not call.is_whole)
     if sums is not None:
         return grad_x_TH.to(dtype), grad_weights_TE, None, None
     assert grads is not None, "there is a chunk"
     return grad_x_TH.to(dtype), grad_weights_TE, grads[0].to(dtype), grads[1].to(dtype)
 
 
-def _is_whole(call: Call, row_cap: int) -> bool:
-    return row_cap == 0 or call.num_rows <= row_cap
+def _kept_or_new(kept_N2F: Tensor, chunk: Chunk) -> Tensor:
+    """Where a chunk's pre-activations are: those of the first are kept."""
+    return kept_N2F.new_empty((chunk.size, kept_N2F.shape[1])) if chunk.first else kept_N2F
 
 
-def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, quack: Quack) -> Call:
+def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, quack: Quack) -> Call:
     num_experts, hidden_size, expert_size = down_proj.shape
     sizes = Sizes(hidden_size, expert_size, num_experts, lists[0].shape[0] / num_experts)
     widest, num_rows = max(2 * expert_size, hidden_size), lists[0].shape[0]
     fits_quack = widest * max(num_rows, weights_TE.shape[0], num_experts * hidden_size) < _QUACKS_LARGEST
     choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
-    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size)
+    at_once = rows_at_once(num_rows, row_cap)
+    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, at_once)
 
 
 def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:

@@ -103,8 +103,7 @@ class Choices:
     @property
     def reads_starts(self) -> bool:
         """Whether a product reads where experts' rows begin in int32: QuACK's and torch's do."""
-        products = (self.swiglu, self.down, self.grad_act, self.grad_down, self.grad_up, self.grad_x)
-        return not all(isinstance(tiles, Tiles) for tiles in products)
+        return not all(isinstance(getattr(self, part), Tiles) for part in _PRODUCTS)
 
     @property
     def interleaves(self) -> bool:
