@@ -45,10 +45,10 @@ def parts(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) ->
         raise ConfigError(f"--device is {device.type}, must be cuda: only the kernels of GPUs have choices")
     sizes = _sizes(shape)
     without = tiles.words_of(sizes, dtype)
-    if not has_quack(device):
-        return {part: list(dict.fromkeys((without[part], *choices))) for part, choices in _CANDIDATES.items()}
-    today = tiles.words_of(sizes, dtype, "where faster")
-    candidates = {part: (*_QUACK, without[part]) for part in _CANDIDATES} | {"rows": _CANDIDATES["rows"]}
+    today, candidates = without, _CANDIDATES
+    if has_quack(device):
+        today = tiles.words_of(sizes, dtype, "where faster")
+        candidates = {part: (*_QUACK, without[part]) for part in _CANDIDATES} | {"rows": _CANDIDATES["rows"]}
     return {part: list(dict.fromkeys((today[part], *choices))) for part, choices in candidates.items()}
 
 
