@@ -14,7 +14,7 @@ from remoe.bench.numerics import TENSORS, errors, expected, plain_results, relat
 from remoe.bench.peers import NotApplicable
 from remoe.bench.problem import ROUTES, Problem
 from remoe.bench.results import MismatchError
-from remoe.bench.shapes import SHAPES
+from remoe.bench.shapes import SHAPES, LayerShape
 from remoe.moe import experts
 
 CPU = torch.device("cpu")
@@ -71,6 +71,14 @@ def test_variable_routing_uses_different_numbers_of_experts_and_fixed_ones_do_no
 def test_even_routings_give_each_expert_as_many_tokens(problem: Problem, route: str):
     per_expert = problem.route(route).dense()[1].sum(0)
     assert per_expert.unique().tolist() == [problem.shape.num_pairs // problem.shape.num_experts]
+
+
+def test_neighbouring_experts_share_no_more_tokens_than_others():
+    shape = LayerShape(name="", num_tokens=4096, hidden_size=8, expert_size=8, num_experts=16, top_k=4)
+    map_TE = Problem(shape, CPU, torch.float32).route("even_fixed").dense()[1].float()
+    shared_EE = map_TE.T @ map_TE
+    neighbours = shared_EE.diagonal(1).mean()
+    assert 0.9 < neighbours / (shape.num_pairs * (shape.top_k - 1) / (16 * 15)) < 1.1
 
 
 @pytest.mark.parametrize("route", ["topk", "var"])

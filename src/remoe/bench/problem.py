@@ -93,9 +93,17 @@ class Problem:
         return mask_TE
 
     def _even_fixed(self) -> Tensor:
+        """Groups of E tokens share out a random order of the experts, k after k; tokens of a group are not neighbours.
+
+        One order for all would let neighbouring experts read the same tokens from the cache, as no router does.
+        """
         shape = self.shape
-        first_T = torch.randperm(shape.num_tokens, generator=self.generator, device=self.device) * shape.top_k
-        index_TK = (first_T[:, None] + torch.arange(shape.top_k, device=self.device)) % shape.num_experts
+        num_groups = -(-shape.num_tokens // shape.num_experts)
+        scores_GE = torch.rand(num_groups, shape.num_experts, generator=self.generator, device=self.device)
+        turn_T = torch.randperm(shape.num_tokens, generator=self.generator, device=self.device)
+        first_T = turn_T % shape.num_experts * shape.top_k
+        place_TK = (first_T[:, None] + torch.arange(shape.top_k, device=self.device)) % shape.num_experts
+        index_TK = scores_GE.argsort(1)[turn_T // shape.num_experts].gather(1, place_TK)
         return torch.zeros_like(self._uniform(), dtype=torch.bool).scatter(1, index_TK, True)
 
     def _even_variable(self) -> Tensor:
