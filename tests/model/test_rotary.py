@@ -50,3 +50,11 @@ def test_angles_are_fp32_and_heads_keep_their_dtype():
 
 def test_opcheck_accepts_the_op():
     torch.library.opcheck(torch.ops.remoe.rotary_angles.default, (torch.tensor([[0, 3, 7]]), 8, THETA))
+
+
+def test_a_tokens_heads_stay_side_by_side_in_memory():
+    projected_BSX = torch.zeros(2, 3, 4 * 8)
+    cos, sin = rotary_angles(torch.arange(3)[None], 8, THETA)
+    turned_BASD = rotate(projected_BSX.unflatten(-1, (-1, 8)).transpose(1, 2), cos, sin)
+    assert turned_BASD.shape == (2, 4, 3, 8)
+    assert turned_BASD.transpose(1, 2).is_contiguous()
