@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_chunks_of_any_size_add_up(size):
     whole_T, of_whole = Chunks(*tensors, 100).run(with_gradients=True)
     for ours, theirs in zip((losses_T, *gradients), (whole_T, *of_whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_one_chunk_of_logits_is_held_at_a_time(monkeypatch):
+    made: list[weakref.ref[Tensor]] = []
+    linear = F.linear
+
+    def watched(*tensors: Tensor | None) -> Tensor:
+        assert not any(ref() is not None for ref in made)
+        logits_CV = linear(*tensors)
+        made.append(weakref.ref(logits_CV))
+        return logits_CV
+
+    monkeypatch.setattr(F, "linear", watched)
+    Chunks(*(t.detach() for t in inputs()), size=4).run(with_gradients=True)
+    assert len(made) == 3
 
 
 def test_missing_labels_have_no_loss_and_no_gradient():

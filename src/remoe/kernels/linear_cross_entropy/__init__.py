@@ -11,7 +11,7 @@ from torch import Tensor
 from remoe.kernels.linear_cross_entropy import reference
 
 NO_LABEL = reference.NO_LABEL
-CHUNK_BYTES = 2**29
+CHUNK_BYTES = 2**30
 """Of logits at a time: enough for the products' full speed, little beside the activations of a large micro-batch."""
 _ROWS_MULTIPLE = 128
 
@@ -28,10 +28,16 @@ def linear_cross_entropy(
     products of an autocast region. The logits are made, turned into their own gradient and used up in chunks of rows in
     the forward pass; the last three outputs, empty without gradients, are for the backward pass. Only the sum has one.
     """
-    size = max(_ROWS_MULTIPLE, CHUNK_BYTES // (weight_VH.shape[0] * weight_VH.element_size()))
-    chunks = Chunks(hidden_TH, weight_VH, bias_V, labels_T, size // _ROWS_MULTIPLE * _ROWS_MULTIPLE)
+    most = max(_ROWS_MULTIPLE, CHUNK_BYTES // (weight_VH.shape[0] * weight_VH.element_size()))
+    chunks = Chunks(hidden_TH, weight_VH, bias_V, labels_T, equal_chunk(len(labels_T), most))
     losses_T, gradients = chunks.run(with_gradients)
     return losses_T.sum(), losses_T, *gradients
+
+
+def equal_chunk(num_rows: int, most: int) -> int:
+    """Rows of as few chunks of up to `most` as there can be: no chunk is much smaller than the others."""
+    num_chunks = max(1, -(-num_rows // (most // _ROWS_MULTIPLE * _ROWS_MULTIPLE)))
+    return -(-num_rows // (num_chunks * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE or _ROWS_MULTIPLE
 
 
 class Chunks:
@@ -55,14 +61,23 @@ class Chunks:
             losses_T[rows] = softmax_gradient_(logits_CV, self.labels_T[rows], with_gradients)
             if with_gradients:
                 torch.mm(logits_CV, self.weight_VH, out=grad_hidden_TH[rows])
-                grad_weight_VH += logits_CV.T @ self.hidden_TH[rows]
+                add_product_(grad_weight_VH, logits_CV.T, self.hidden_TH[rows])
                 grad_bias_V += logits_CV.sum(0, dtype=grad_bias_V.dtype) if self.bias_V is not None else 0
+            del logits_CV  # else the next chunk's are made beside them
         dtype = self.weight_VH.dtype
         return losses_T, (grad_hidden_TH, grad_weight_VH.to(dtype), grad_bias_V.to(dtype))
 
     def _new(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         wide = torch.promote_types(self.weight_VH.dtype, torch.float32)
         return torch.zeros(shape, dtype=wide, device=self.weight_VH.device)
+
+
+def add_product_(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
+    """sum += left right; of half-precision factors on a GPU by the product itself, which then rounds nothing."""
+    if left_VC.is_cuda and left_VC.dtype != sum_VH.dtype:
+        torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+    else:
+        sum_VH += left_VC @ right_CH
 
 
 def softmax_gradient_(logits_CV: Tensor, labels_C: Tensor, with_gradients: bool) -> Tensor:
