@@ -181,9 +181,9 @@ def test_at_the_start_half_of_all_experts_work_and_rows_above_the_cap_are_comput
     steady, start = step_time(wide, layout(1), gpus), step_time(wide, layout(1), gpus, at_start=True)
     sizes = (512, 2048, 8)
     one, four = (layer_seconds(2 * 4096, (*sizes, active), gpus) for active in (1, 4))
-    num_rows, at_once = 32768, 10923  # three chunks of no more than 3/4 of 16384 rows, one of which is kept
-    again = 2 / 9 * (1 - at_once / num_rows)
-    sums = num_rows / at_once * 2 * 4 * (2 * 2 * 4096 * 512 + 3 * 8 * 512 * 2048) / gpus["memory_rate"]
+    num_rows, kept, num_chunks = 32768, 12288, 3  # 3/4 of 16384 rows are kept, and the others no more than 16384
+    again = 2 / 9 * (1 - kept / num_rows)
+    sums = num_chunks * 2 * 4 * (2 * 2 * 4096 * 512 + 3 * 8 * 512 * 2048) / gpus["memory_rate"]
     assert start.compute - steady.compute == pytest.approx(4 * 2 * ((1 + again) * four + sums - one))
     topk = dataclasses.replace(wide, model=dataclasses.replace(wide.model, router="topk"))
     assert step_time(topk, layout(1), gpus, at_start=True) == step_time(topk, layout(1), gpus)

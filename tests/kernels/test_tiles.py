@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remoe.kernels.expert_mlp import tuning
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import chunks_of, kept_rows
 from remoe.kernels.expert_mlp.tiles import GROUPED_MM, QUACK, QuackTiles, Sizes, Tiles, choose, words_of
 
 MEASURED = Sizes(hidden_size=1024, expert_size=4096, num_experts=128, rows_per_expert=128.0)
@@ -51,10 +51,14 @@ def test_interleaved_pre_activations_are_those_of_quack():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "row_cap", "size"), [(0, 0, 0), (0, 5, 0), (7, 0, 7), (7, 7, 7), (8, 7, 4), (40, 15, 10), (41, 10, 7)]
+    ("num_rows", "row_cap", "sizes"),
+    [(0, 0, []), (0, 5, []), (7, 0, [7]), (7, 7, [7]), (8, 7, [6, 2]), (40, 12, [9, 11, 11, 9]), (29, 16, [12, 9, 8])],
 )
-def test_chunks_are_equal_and_as_few_as_three_quarters_of_the_cap_allow(num_rows, row_cap, size):
-    assert rows_at_once(num_rows, row_cap) == size
+def test_chunks_are_what_is_kept_and_as_few_others_as_the_cap_allows(num_rows, row_cap, sizes):
+    chunks = chunks_of(num_rows, row_cap)
+    assert [chunk.size for chunk in chunks] == sizes
+    assert [chunk.first for chunk in chunks] == [sum(sizes[:index]) for index in range(len(sizes))]
+    assert kept_rows(num_rows, row_cap) == (sizes[0] if sizes else 0)
 
 
 def test_tables_keep_what_was_found_with_and_without_quack_apart(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from remoe.config import check_choice, check_range
 from remoe.errors import ConfigError
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import chunks_of
 from remoe.kernels.linear_cross_entropy import CHUNK_BYTES
 from remoe.model.config import ReMoEConfig, router_without_values
 from remoe.model.recompute import recomputation
@@ -273,7 +273,7 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
 
 def _pair_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
     """A token's rows: their lists, and the pre-activations of as many as are kept."""
-    kept = _rows_at_once(config, workload, active_experts)
+    kept, *_ = _chunks(config, workload, active_experts)
     return active_experts * 3 * 8 + math.ceil(kept * _up_bytes(config, workload))
 
 
@@ -282,12 +282,12 @@ def _up_bytes(config: ReMoEConfig, workload: Workload) -> int:
     return workload.compute_bytes * 2 * config.moe.expert_size
 
 
-def _rows_at_once(config: ReMoEConfig, workload: Workload, active_experts: int) -> float:
-    """A token's rows of which a layer's kernels hold the values at the same time, and keep those: all, or a chunk."""
+def _chunks(config: ReMoEConfig, workload: Workload, active_experts: int) -> list[float]:
+    """A token's rows that a layer's kernels work off at a time: all, or those that are kept and then the others."""
     if config.is_post_norm or config.kernels not in ("auto", "triton", "quack"):
-        return active_experts
+        return [active_experts]
     cap = row_cap(config.moe.kept_rows_per_token, workload.num_tokens)
-    return rows_at_once(active_experts * workload.num_tokens, cap) / workload.num_tokens
+    return [chunk.size / workload.num_tokens for chunk in chunks_of(active_experts * workload.num_tokens, cap)]
 
 
 def _expert_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
@@ -314,8 +314,9 @@ def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
     moe = config.moe
     combined = 4 * moe.hidden_size if workload.precision == "bf16" else 0
     row = workload.compute_bytes * (3 * moe.hidden_size + 3 * moe.expert_size) + combined
-    rows = _rows_at_once(config, workload, active_experts)
-    return round(rows * (row + (_up_bytes(config, workload) if rows < active_experts else 0)))
+    kept, *others = _chunks(config, workload, active_experts)
+    again = max(others, default=0) * (row + _up_bytes(config, workload))
+    return round(max(kept * row, again))
 
 
 def _loss_bytes(config: ReMoEConfig, workload: Workload) -> int:

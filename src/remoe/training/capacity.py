@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import kept_rows
 from remoe.moe import MoE
 from remoe.moe.experts import GroupedExperts
 from remoe.moe.layer import Capacity, Exchange
@@ -77,7 +77,7 @@ def rounded_up(rows: int) -> int:
 
 
 def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
-    """Which layers work in chunks (`rows_at_once`), keep the first and compute the others again.
+    """Which layers work in chunks (`kept_rows`), keep the first and compute the others again.
 
     A layer may keep more than `cap` rows where others keep fewer: all together no more than `cap` a layer, and none
     more than `MOST_SHARES` times that. Where they are too many, the smallest layer that is enough works in chunks, or
@@ -86,14 +86,14 @@ def layers_in_chunks(rows_L: Sequence[int], cap: int) -> list[bool]:
     in_chunks = [rows > MOST_SHARES * cap for rows in rows_L]
     while (excess := _kept(rows_L, in_chunks, cap) - cap * len(rows_L)) > 0:
         above = [layer for layer, rows in enumerate(rows_L) if rows > cap and not in_chunks[layer]]
-        enough = [layer for layer in above if rows_L[layer] - rows_at_once(rows_L[layer], cap) >= excess]
+        enough = [layer for layer in above if rows_L[layer] - kept_rows(rows_L[layer], cap) >= excess]
         chosen = min(enough, key=rows_L.__getitem__) if enough else max(above, key=rows_L.__getitem__)
         in_chunks[chosen] = True
     return in_chunks
 
 
 def _kept(rows_L: Sequence[int], in_chunks: Sequence[bool], cap: int) -> int:
-    return sum(rows_at_once(rows, cap if chunked else 0) for rows, chunked in zip(rows_L, in_chunks, strict=True))
+    return sum(kept_rows(rows, cap if chunked else 0) for rows, chunked in zip(rows_L, in_chunks, strict=True))
 
 
 @contextmanager

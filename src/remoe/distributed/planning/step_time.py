@@ -11,7 +11,7 @@ from remoe.distributed.config import ParallelConfig
 from remoe.distributed.planning.job import Job
 from remoe.distributed.planning.machine import Machine
 from remoe.distributed.planning.traffic import Traffic, handed_bytes, stage_traffic, unit_traffic
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import chunks_of
 from remoe.moe.experts import row_cap
 
 OPTIMIZER_BYTES = 36
@@ -157,12 +157,12 @@ def _chunk_seconds(experts: float, tokens: int, cap: int, sizes: tuple[int, int,
     """
     hidden_size, expert_size, num_experts, active = sizes
     num_rows = active * tokens
-    at_once = rows_at_once(num_rows, cap)
-    if at_once == num_rows:
+    kept, *others = chunks_of(num_rows, cap)
+    if not others:
         return 0.0
     sums = 2 * tokens * hidden_size + 3 * num_experts * hidden_size * expert_size
-    again = (1 - at_once / num_rows) * COMPUTED_AGAIN * experts
-    return again + num_rows / at_once * 2 * 4 * sums / gpus["memory_rate"]
+    again = (1 - kept.size / num_rows) * COMPUTED_AGAIN * experts
+    return again + (1 + len(others)) * 2 * 4 * sums / gpus["memory_rate"]
 
 
 def _exchange_seconds(sent: Traffic, job: Job, parallel: ParallelConfig, gpus: Machine) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remoe.kernels.expert_mlp import backends
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import kept_rows
 
 
 @torch.library.custom_op("remoe::expert_mlp", mutates_args=())
@@ -25,7 +25,7 @@ def expert_mlp(
     backward pass needs and nothing else. Same bits each run.
 
     `backend` is one of backends.NAMES. With more rows than `row_cap` (0: no cap) the fused path works them off in
-    equal chunks and keeps the first: its memory does not grow with the rows, its backward pass computes others again.
+    chunks and keeps the first: its memory does not grow with the rows, its backward pass computes the others again.
 
     With `gate_up_sum` and `down_sum`, fp32 and shaped as the matrices, the backward pass adds the gradients of the
     matrices to them, and autograd gets none: gradient accumulation in bf16 training needs no other pass over all
@@ -74,7 +74,7 @@ def _(
     is_chunked = row_cap > 0 and backends.pick(backend, hidden_TH).CHUNKS
     is_known = isinstance(num_rows, int)  # pyright: ignore[reportUnnecessaryIsInstance]  (else a symbol of the tracer)
     if is_chunked and is_known:
-        num_rows = rows_at_once(num_rows, row_cap)
+        num_rows = kept_rows(num_rows, row_cap)
     elif is_chunked:  # known only once the rows are
         num_rows = cast(int, torch.library.get_ctx().new_dynamic_size())
     return torch.empty_like(hidden_TH), hidden_TH.new_empty((num_rows, gate_up_proj.shape[1]))

@@ -1,11 +1,27 @@
-"""How many of a call's rows are worked off, and kept for the backward pass, at a time."""
+"""Which of a call's rows are kept for the backward pass, and which are worked off at a time."""
+
+from typing import NamedTuple
 
 
-def rows_at_once(num_rows: int, row_cap: int) -> int:
-    """All of them, or with more than `row_cap` (0: no cap) the size of equal chunks of no more than 3/4 of it.
+class Chunk(NamedTuple):
+    """Rows first to first + size of the expert-sorted list; beyond the list's end there are none."""
 
-    The pre-activations of the first chunk are kept; the backward pass computes those of the others again. The rest of
-    the cap is for what chunks need besides: sums in fp32.
+    first: int
+    size: int
+
+
+def kept_rows(num_rows: int, row_cap: int) -> int:
+    """Rows whose pre-activations are kept: all, or with more than `row_cap` (0: no cap) 3/4 of it.
+
+    The rest of the cap is for what chunks need besides: sums in fp32.
     """
-    num_chunks = -(-4 * num_rows // (3 * row_cap)) if num_rows > row_cap > 0 else 1
-    return -(-num_rows // num_chunks)
+    return -(-3 * row_cap // 4) if num_rows > row_cap > 0 else num_rows
+
+
+def chunks_of(num_rows: int, row_cap: int) -> list[Chunk]:
+    """The rows that are kept, and the others in equal pieces of no more than `row_cap`."""
+    kept = kept_rows(num_rows, row_cap)
+    others = num_rows - kept
+    size = -(-others // -(-others // row_cap)) if others else 1
+    pieces = [Chunk(first, min(size, num_rows - first)) for first in range(kept, num_rows, size)]
+    return [Chunk(0, kept), *pieces] if num_rows else []

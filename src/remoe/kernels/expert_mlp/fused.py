@@ -2,8 +2,8 @@
 
 Products are Triton's, or QuACK's or torch's where the table of choices says so; all else is Triton's. Rows beyond what
 fits at once are worked off in chunks of the expert-sorted list: the forward pass then keeps the pre-activations of the
-first chunk, and the backward pass computes those of the others again. Weight gradients of chunks are added up in fp32,
-in the caller's sums where it has some.
+first chunk, and the backward pass computes those of the others again. Outputs and gradients of chunks are added up in
+fp32, those of the matrices in the caller's sums where it has some.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.kernels.expert_mlp import matmul_kernels as matmul
 from remoe.kernels.expert_mlp import rows_kernels as rows
-from remoe.kernels.expert_mlp.chunks import rows_at_once
+from remoe.kernels.expert_mlp.chunks import Chunk, chunks_of
 from remoe.kernels.expert_mlp.sums import Sums, added
 from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Quack, QuackTiles, Sizes, Tiles, choose
 
@@ -28,14 +28,6 @@ Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNKS = True
 _QUACKS_LARGEST = 2**31
 """Numbers in a matrix; larger ones were not tried, and are multiplied by Triton."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows first to first + size of the expert-sorted list; beyond the list's end there are none."""
-
-    first: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,8 @@ class Call:
     num_experts: int
     hidden_size: int
     expert_size: int
-    rows_at_once: int
-    """Of a chunk; the pre-activations of so many are kept."""
+    all_chunks: list[Chunk]
+    """Pre-activations of the first are kept."""
     tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Made so far, by first row of the chunk and rows of a tile."""
     starts: dict[int, Tensor] = field(default_factory=dict)
@@ -69,15 +61,20 @@ class Call:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows are one chunk."""
-        return self.rows_at_once == self.num_rows
+        """Whether no row is beyond the first chunk."""
+        return len(self.all_chunks) <= 1
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of the first chunk."""
+        return self.all_chunks[0].size if self.all_chunks else 0
 
     def chunks(self) -> Iterator[Chunk]:
-        """The whole list, or equal pieces of it."""
-        for first in range(0, self.num_rows, max(1, self.rows_at_once)):
-            chunk = Chunk(first, min(self.rows_at_once, self.num_rows - first))
+        """One after the other, with what its products read."""
+        for chunk in self.all_chunks:
             if self.choices.reads_starts:  # made first: QuACK's products read it before the kernel before them ends
-                self.starts[first] = (self.lists[3] - first).clamp(0, chunk.size).to(torch.int32)
+                starts = self.lists[3] if self.is_whole else (self.lists[3] - chunk.first).clamp(0, chunk.size)
+                self.starts[chunk.first] = starts.to(torch.int32)
             yield chunk
 
     def token(self, chunk: Chunk) -> Tensor:
@@ -101,13 +98,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp. Keeps the pre-activations of the first chunk of rows [N, 2F]."""
     call = _call(weights_TE, down_proj, lists, row_cap, quack)
-    kept_N2F = hidden_TH.new_empty((call.rows_at_once, gate_up_proj.shape[1]))
-    out_TH = torch.empty_like(hidden_TH) if call.is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    kept_N2F = hidden_TH.new_empty((call.kept_rows, gate_up_proj.shape[1]))
+    out_TH = _empty_sums(call, hidden_TH)
     for chunk in call.chunks():
         up_N2F = _kept_or_new(kept_N2F, chunk)
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
-        _combine(call, chunk, y_NH, out_TH, weighted=True, add=not call.is_whole)
+        _combine(call, chunk, y_NH, out_TH, weighted=True)
     if call.num_rows == 0:
         out_TH.zero_()
     return out_TH.to(hidden_TH.dtype), kept_N2F
@@ -124,7 +121,7 @@ def backward(
     if call.num_rows == 0:
         zeros = (torch.zeros_like(matrix) for matrix in matrices)
         return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *added(sums, *zeros)
-    grad_x_TH = torch.empty_like(hidden_TH) if call.is_whole else torch.zeros_like(hidden_TH, dtype=torch.float32)
+    grad_x_TH = _empty_sums(call, hidden_TH)
     grad_weights_TE = torch.zeros_like(weights_TE)
     grads: Sums | None = None
     gate_up_sum, down_sum = sums or (None, None)
@@ -143,11 +140,16 @@ def backward(
         del x
         grads = grad_gate_up, grad_down
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
-        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False, add=not call.is_whole)
+        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False)
     if sums is not None:
         return grad_x_TH.to(dtype), grad_weights_TE, None, None
     assert grads is not None, "there is a chunk"
     return grad_x_TH.to(dtype), grad_weights_TE, grads[0].to(dtype), grads[1].to(dtype)
+
+
+def _empty_sums(call: Call, hidden_TH: Tensor) -> Tensor:
+    """Where `_combine` leaves its sums: fp32 where chunks add to them."""
+    return torch.empty_like(hidden_TH, dtype=hidden_TH.dtype if call.is_whole else torch.float32)
 
 
 def _kept_or_new(kept_N2F: Tensor, chunk: Chunk) -> Tensor:
@@ -161,8 +163,8 @@ def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, qua
     widest, num_rows = max(2 * expert_size, hidden_size), lists[0].shape[0]
     fits_quack = widest * max(num_rows, weights_TE.shape[0], num_experts * hidden_size) < _QUACKS_LARGEST
     choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
-    at_once = rows_at_once(num_rows, row_cap)
-    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, at_once)
+    all_chunks = chunks_of(num_rows, row_cap)
+    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, all_chunks)
 
 
 def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:
@@ -377,11 +379,12 @@ def _gather(call: Call, chunk: Chunk, x_TH: Tensor) -> Tensor:
     return out
 
 
-def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weighted: bool, add: bool) -> None:
+def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weighted: bool) -> None:
+    """Write tokens' sums over the first chunk's rows, or add those over another's."""
     _, _, row_N, _, token_offsets = call.lists
     num_tokens = out_TH.shape[0]
     blocks = rows.combine_blocks(call.num_rows, num_tokens, call.hidden_size)
     rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, blocks["BLOCK_H"]))](
         rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size,
-        chunk.first, chunk.size, WEIGHTED=weighted, ADD=add, **blocks,
+        chunk.first, chunk.size, WEIGHTED=weighted, ADD=chunk.first > 0, **blocks,
     )  # fmt: skip
