@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remoe.kernels import linear_cross_entropy as op
-from remoe.kernels.linear_cross_entropy import Chunks, linear_cross_entropy
+from remoe.kernels.linear_cross_entropy import Chunks, linear_cross_entropy, rows_at_a_time
 
 
 def inputs(tokens: int = 11, hidden: int = 8, vocabulary: int = 37, bias: bool = True, dtype=torch.float64):
@@ -58,6 +58,15 @@ def test_chunks_of_any_size_add_up(size):
     whole_T, of_whole = Chunks(*tensors, 100).run(with_gradients=True)
     for ours, theirs in zip((losses_T, *gradients), (whole_T, *of_whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_bytes", "size"),
+    [(0, 8, 128), (1, 8, 128), (700, 1, 768), (700, 8, 128), (700, 3, 256), (9, 999, 128)],
+)
+def test_chunks_are_few_and_of_much_the_same_size(num_rows, row_bytes, size, monkeypatch):
+    monkeypatch.setattr(op, "CHUNK_BYTES", 1024)
+    assert rows_at_a_time(num_rows, row_bytes) == size
 
 
 def test_one_chunk_of_logits_is_held_at_a_time(monkeypatch):
@@ -109,7 +118,10 @@ def test_the_op_keeps_its_promises_to_autograd_and_compile():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [37, 257, 4096, 50304])
-def test_on_a_gpu_loss_and_gradients_are_as_near_the_truth_as_plain_ones(dtype, vocabulary):
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_on_a_gpu_loss_and_gradients_are_as_near_the_truth_as_plain_ones(dtype, vocabulary, in_chunks, monkeypatch):
+    if in_chunks:
+        monkeypatch.setattr(op, "CHUNK_BYTES", 0)  # 128 rows each
     tensors = [t.detach().to("cuda") for t in inputs(700, 64, vocabulary, False)[:2]]
     labels_T = inputs(700, 64, vocabulary, False)[3].cuda()
     truth = with_gradients(plain, (*tensors, None, labels_T))

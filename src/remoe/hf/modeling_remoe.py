@@ -888,10 +888,11 @@ def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[T
 
 
 def rotate(heads_BASD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of each head; keeps the dtype."""
-    first, second = heads_BASD.chunk(2, dim=-1)
-    turned_BASD = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned_BASD.to(heads_BASD.dtype)
+    """Turn the pairs (i, i + D/2) of each head; keeps the dtype. In memory a token's heads lie side by side."""
+    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+    first, second = heads_BASD.transpose(1, 2).chunk(2, dim=-1)
+    turned_BSAD = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned_BSAD.to(heads_BASD.dtype).transpose(1, 2)
 
 
 def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:

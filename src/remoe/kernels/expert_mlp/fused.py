@@ -40,7 +40,7 @@ class Call:
     num_experts: int
     hidden_size: int
     expert_size: int
-    all_chunks: list[Chunk]
+    chunks: list[Chunk]
     """Pre-activations of the first are kept."""
     tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Made so far, by first row of the chunk and rows of a tile."""
@@ -62,16 +62,16 @@ class Call:
     @property
     def is_whole(self) -> bool:
         """Whether no row is beyond the first chunk."""
-        return len(self.all_chunks) <= 1
+        return len(self.chunks) <= 1
 
     @property
     def kept_rows(self) -> int:
         """Rows of the first chunk."""
-        return self.all_chunks[0].size if self.all_chunks else 0
+        return self.chunks[0].size if self.chunks else 0
 
-    def chunks(self) -> Iterator[Chunk]:
+    def each_chunk(self) -> Iterator[Chunk]:
         """One after the other, with what its products read."""
-        for chunk in self.all_chunks:
+        for chunk in self.chunks:
             if self.choices.reads_starts:  # made first: QuACK's products read it before the kernel before them ends
                 starts = self.lists[3] if self.is_whole else (self.lists[3] - chunk.first).clamp(0, chunk.size)
                 self.starts[chunk.first] = starts.to(torch.int32)
@@ -100,11 +100,12 @@ def forward(
     call = _call(weights_TE, down_proj, lists, row_cap, quack)
     kept_N2F = hidden_TH.new_empty((call.kept_rows, gate_up_proj.shape[1]))
     out_TH = _empty_sums(call, hidden_TH)
-    for chunk in call.chunks():
+    for chunk in call.each_chunk():
         up_N2F = _kept_or_new(kept_N2F, chunk)
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
         _combine(call, chunk, y_NH, out_TH, weighted=True)
+        del up_N2F, act_NF, y_NH  # else the next chunk's are made beside them
     if call.num_rows == 0:
         out_TH.zero_()
     return out_TH.to(hidden_TH.dtype), kept_N2F
@@ -127,7 +128,7 @@ def backward(
     gate_up_sum, down_sum = sums or (None, None)
     if sums is None and not call.is_whole:
         gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
-    for chunk in call.chunks():
+    for chunk in call.each_chunk():
         up_N2F = _kept_or_new(kept_N2F, chunk)
         if chunk.first:
             _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
@@ -141,6 +142,7 @@ def backward(
         grads = grad_gate_up, grad_down
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
         _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False)
+        del up_N2F, grad_up_N2F, grad_x_NH  # as in the forward pass
     if sums is not None:
         return grad_x_TH.to(dtype), grad_weights_TE, None, None
     assert grads is not None, "there is a chunk"
@@ -163,8 +165,8 @@ def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, qua
     widest, num_rows = max(2 * expert_size, hidden_size), lists[0].shape[0]
     fits_quack = widest * max(num_rows, weights_TE.shape[0], num_experts * hidden_size) < _QUACKS_LARGEST
     choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
-    all_chunks = chunks_of(num_rows, row_cap)
-    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, all_chunks)
+    chunks = chunks_of(num_rows, row_cap)
+    return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, chunks)
 
 
 def _tile_map(call: Call, chunk: Chunk, block_m: int) -> Tensor:

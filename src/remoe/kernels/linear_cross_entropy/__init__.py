@@ -28,16 +28,18 @@ def linear_cross_entropy(
     products of an autocast region. The logits are made, turned into their own gradient and used up in chunks of rows in
     the forward pass; the last three outputs, empty without gradients, are for the backward pass. Only the sum has one.
     """
-    most = max(_ROWS_MULTIPLE, CHUNK_BYTES // (weight_VH.shape[0] * weight_VH.element_size()))
-    chunks = Chunks(hidden_TH, weight_VH, bias_V, labels_T, equal_chunk(len(labels_T), most))
+    size = rows_at_a_time(len(labels_T), weight_VH.shape[0] * weight_VH.element_size())
+    chunks = Chunks(hidden_TH, weight_VH, bias_V, labels_T, size)
     losses_T, gradients = chunks.run(with_gradients)
     return losses_T.sum(), losses_T, *gradients
 
 
-def equal_chunk(num_rows: int, most: int) -> int:
-    """Rows of as few chunks of up to `most` as there can be: no chunk is much smaller than the others."""
-    num_chunks = max(1, -(-num_rows // (most // _ROWS_MULTIPLE * _ROWS_MULTIPLE)))
-    return -(-num_rows // (num_chunks * _ROWS_MULTIPLE)) * _ROWS_MULTIPLE or _ROWS_MULTIPLE
+def rows_at_a_time(num_rows: int, row_bytes: int) -> int:
+    """Rows of a chunk, of which there are as few as CHUNK_BYTES allow, and none is much smaller than the others."""
+    blocks = max(1, -(-num_rows // _ROWS_MULTIPLE))
+    most = max(1, CHUNK_BYTES // (_ROWS_MULTIPLE * row_bytes))
+    num_chunks = -(-blocks // most)
+    return -(-blocks // num_chunks) * _ROWS_MULTIPLE
 
 
 class Chunks:
