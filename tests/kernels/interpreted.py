@@ -10,7 +10,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import itertools
+import weakref
 from functools import partial
+from unittest import mock
 
 import plain_quack
 import torch
@@ -80,6 +82,32 @@ def largest_error(shape, density, dtype, rows, run):
     return max(
         float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(actual, expected, strict=True)
     )
+
+
+def rows_of_past_chunks():
+    """How many tensors of the chunk before are held as each chunk begins, in both passes."""
+    made, held = [], []
+    begin = fused._kept_or_new
+
+    def watched(function):
+        def call(*arguments, **settings):
+            result = function(*arguments, **settings)
+            made.extend(weakref.ref(rows) for rows in (result if isinstance(result, tuple) else (result,)))
+            return result
+
+        return call
+
+    def at_begin(kept_N2F, chunk):
+        held.append(sum(ref() is not None for ref in made))
+        made.clear()
+        up_N2F = begin(kept_N2F, chunk)
+        made.extend([weakref.ref(up_N2F)] if chunk.first else [])
+        return up_N2F
+
+    producers = {name: watched(getattr(fused, name)) for name in ("_swiglu", "_swiglu_backward", "_rows_matmul")}
+    with mock.patch.multiple(fused, **producers, _kept_or_new=at_begin):
+        largest_error(SHAPES[-1], 0.2, torch.float32, ROWS["chunked"], partial(passes, fused))
+    return held
 
 
 def lists_agree(tokens, experts, density):
@@ -155,6 +183,7 @@ def main():
         for rows, size, dtype in itertools.product((1, 9), (8, 48), (torch.float32, torch.float16))
     }
     found = {"errors": errors, "lists": lists, "combined": combined, "routers": routers, "interleaved": interleaved}
+    found["past rows"] = rows_of_past_chunks()
     print(json.dumps(found))
 
 

@@ -30,6 +30,11 @@ def test_every_output_and_gradient_is_that_of_the_plain_path(found):
     assert not wrong
 
 
+def test_a_chunks_rows_are_gone_before_the_next_ones_are_made(found):
+    assert len(found["past rows"]) > 4, "chunks of both passes"
+    assert not any(found["past rows"])
+
+
 def test_sums_of_rows_that_lie_anywhere_are_those_of_the_plain_path(found):
     assert len(found["combined"]) == 15
     assert max(found["combined"].values()) < 1e-5
