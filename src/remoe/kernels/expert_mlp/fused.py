@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.kernels.expert_mlp import matmul_kernels as matmul
 from remoe.kernels.expert_mlp import rows_kernels as rows
-from remoe.kernels.expert_mlp.chunks import Chunk, chunks_of
+from remoe.kernels.expert_mlp.chunks import Chunk, chunks_of, kept_rows
 from remoe.kernels.expert_mlp.sums import Sums, added
 from remoe.kernels.expert_mlp.tiles import IN_PLACE_OF_GROUPED_MM, Choices, Quack, QuackTiles, Sizes, Tiles, choose
 
@@ -64,11 +64,6 @@ class Call:
         """Whether no row is beyond the first chunk."""
         return len(self.chunks) <= 1
 
-    @property
-    def kept_rows(self) -> int:
-        """Rows of the first chunk."""
-        return self.chunks[0].size if self.chunks else 0
-
     def each_chunk(self) -> Iterator[Chunk]:
         """One after the other, with what its products read."""
         for chunk in self.chunks:
@@ -98,7 +93,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See remoe::expert_mlp. Keeps the pre-activations of the first chunk of rows [N, 2F]."""
     call = _call(weights_TE, down_proj, lists, row_cap, quack)
-    kept_N2F = hidden_TH.new_empty((call.kept_rows, gate_up_proj.shape[1]))
+    kept_N2F = hidden_TH.new_empty((kept_rows(call.num_rows, row_cap), gate_up_proj.shape[1]))
     out_TH = _empty_sums(call, hidden_TH)
     for chunk in call.each_chunk():
         up_N2F = _kept_or_new(kept_N2F, chunk)
