@@ -87,25 +87,29 @@ def largest_error(shape, density, dtype, rows, run):
 def rows_of_past_chunks():
     """How many tensors of the chunk before are held as each chunk begins, in both passes."""
     made, held = [], []
-    begin = fused._kept_or_new
+    each_chunk = fused.Call.each_chunk
 
-    def watched(function):
+    def watched(name):
+        function = getattr(fused, name)
+
         def call(*arguments, **settings):
             result = function(*arguments, **settings)
-            made.extend(weakref.ref(rows) for rows in (result if isinstance(result, tuple) else (result,)))
+            rows = result if isinstance(result, tuple) else (result,)
+            if name == "_swiglu" and arguments[1].first:  # the first chunk's pre-activations are kept
+                rows = *rows, arguments[-1]
+            made.extend(weakref.ref(one) for one in rows)
             return result
 
         return call
 
-    def at_begin(kept_N2F, chunk):
-        held.append(sum(ref() is not None for ref in made))
-        made.clear()
-        up_N2F = begin(kept_N2F, chunk)
-        made.extend([weakref.ref(up_N2F)] if chunk.first else [])
-        return up_N2F
+    def each_chunk_watched(call):
+        for chunk in each_chunk(call):
+            held.append(sum(ref() is not None for ref in made))
+            made.clear()
+            yield chunk
 
-    producers = {name: watched(getattr(fused, name)) for name in ("_swiglu", "_swiglu_backward", "_rows_matmul")}
-    with mock.patch.multiple(fused, **producers, _kept_or_new=at_begin):
+    producers = {name: watched(name) for name in ("_swiglu", "_swiglu_backward", "_made_again", "_rows_matmul")}
+    with mock.patch.multiple(fused, **producers), mock.patch.object(fused.Call, "each_chunk", each_chunk_watched):
         largest_error(SHAPES[-1], 0.2, torch.float32, ROWS["chunked"], partial(passes, fused))
     return held
 

@@ -51,11 +51,20 @@ def test_interleaved_pre_activations_are_those_of_quack():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "row_cap", "sizes"),
-    [(0, 0, []), (0, 5, []), (7, 0, [7]), (7, 7, [7]), (8, 7, [6, 2]), (40, 12, [9, 11, 11, 9]), (29, 16, [12, 9, 8])],
+    ("num_rows", "row_cap", "widths", "sizes"),
+    [
+        (0, 0, (8, 32), []),
+        (0, 5, (8, 32), []),
+        (7, 0, (8, 32), [7]),
+        (7, 7, (8, 32), [7]),
+        (8, 7, (8, 32), [6, 2]),
+        (32, 12, (8, 32), [9, 23]),  # 12 * 232 // 104 = 26 rows at most
+        (40, 12, (8, 32), [9, 16, 15]),
+        (40, 12, (128, 8), [9, 11, 11, 9]),  # 12 * 184 // 152 = 14
+    ],
 )
-def test_chunks_are_what_is_kept_and_as_few_others_as_the_cap_allows(num_rows, row_cap, sizes):
-    chunks = chunks_of(num_rows, row_cap)
+def test_chunks_are_what_is_kept_and_as_few_others_as_may_take_memory(num_rows, row_cap, widths, sizes):
+    chunks = chunks_of(num_rows, row_cap, *widths)
     assert [chunk.size for chunk in chunks] == sizes
     assert [chunk.first for chunk in chunks] == [sum(sizes[:index]) for index in range(len(sizes))]
     assert kept_rows(num_rows, row_cap) == (sizes[0] if sizes else 0)

@@ -274,20 +274,17 @@ def _moe_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
 def _pair_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
     """A token's rows: their lists, and the pre-activations of as many as are kept."""
     kept, *_ = _chunks(config, workload, active_experts)
-    return active_experts * 3 * 8 + math.ceil(kept * _up_bytes(config, workload))
-
-
-def _up_bytes(config: ReMoEConfig, workload: Workload) -> int:
-    """A row's pre-activations."""
-    return workload.compute_bytes * 2 * config.moe.expert_size
+    return active_experts * 3 * 8 + math.ceil(kept * workload.compute_bytes * 2 * config.moe.expert_size)
 
 
 def _chunks(config: ReMoEConfig, workload: Workload, active_experts: int) -> list[float]:
     """A token's rows that a layer's kernels work off at a time: all, or those that are kept and then the others."""
     if config.is_post_norm or config.kernels not in ("auto", "triton", "quack"):
         return [active_experts]
-    cap = row_cap(config.moe.kept_rows_per_token, workload.num_tokens)
-    return [chunk.size / workload.num_tokens for chunk in chunks_of(active_experts * workload.num_tokens, cap)]
+    moe, num_tokens = config.moe, workload.num_tokens
+    cap = row_cap(moe.kept_rows_per_token, num_tokens)
+    chunks = chunks_of(active_experts * num_tokens, cap, moe.hidden_size, moe.expert_size)
+    return [chunk.size / num_tokens for chunk in chunks]
 
 
 def _expert_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
@@ -314,9 +311,7 @@ def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> 
     moe = config.moe
     combined = 4 * moe.hidden_size if workload.precision == "bf16" else 0
     row = workload.compute_bytes * (3 * moe.hidden_size + 3 * moe.expert_size) + combined
-    kept, *others = _chunks(config, workload, active_experts)
-    again = max(others, default=0) * (row + _up_bytes(config, workload))
-    return round(max(kept * row, again))
+    return round(max(_chunks(config, workload, active_experts)) * row)
 
 
 def _loss_bytes(config: ReMoEConfig, workload: Workload) -> int:

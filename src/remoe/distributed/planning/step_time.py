@@ -153,17 +153,17 @@ def _moe_seconds(job: Job, parallel: ParallelConfig, gpus: Machine, active: int)
 
 def _chunk_seconds(experts: float, tokens: int, cap: int, sizes: tuple[int, int, int, int], gpus: Machine) -> float:
     """What rows above the cap cost beyond their products: those of rows that were not kept are made again, and each
-    chunk reads and writes fp32 sums, of the matrices' gradients, the output and the tokens' gradients. The first finds
-    no output and no tokens' gradients to read.
+    chunk reads and writes fp32 sums, of the matrices' gradients, the output and the tokens' gradients. Of the latter
+    two the first finds none to read, and the last leaves none.
     """
     hidden_size, expert_size, num_experts, active = sizes
     num_rows = active * tokens
-    kept, *others = chunks_of(num_rows, cap)
+    kept, *others = chunks_of(num_rows, cap, hidden_size, expert_size)
     if not others:
         return 0.0
     num_chunks = 1 + len(others)
     of_tokens, of_matrices = 2 * tokens * hidden_size, 3 * num_experts * hidden_size * expert_size
-    sums = (2 * num_chunks - 1) * of_tokens + 2 * num_chunks * of_matrices
+    sums = 2 * (num_chunks - 1) * of_tokens + 2 * num_chunks * of_matrices
     again = (1 - kept.size / num_rows) * COMPUTED_AGAIN * experts
     return again + 4 * sums / gpus["memory_rate"]
 

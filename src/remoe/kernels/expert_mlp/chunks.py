@@ -18,11 +18,17 @@ def kept_rows(num_rows: int, row_cap: int) -> int:
     return -(-3 * row_cap // 4) if num_rows > row_cap > 0 else num_rows
 
 
-def chunks_of(num_rows: int, row_cap: int) -> list[Chunk]:
-    """The rows that are kept, and the others in equal pieces of no more than `row_cap`."""
+def chunks_of(num_rows: int, row_cap: int, hidden_size: int, expert_size: int) -> list[Chunk]:
+    """The rows that are kept, and the others in as few equal pieces as may take memory.
+
+    A row takes 3F + H numbers while it is worked off: pre-activations, which their gradient replaces, activations, and
+    what is added up for its token. A piece may take as many as `row_cap` rows of 7F + H: with F = 4H and k = 1 of 8 all
+    that is not kept at the dense start, which opens four experts a token.
+    """
     kept = kept_rows(num_rows, row_cap)
     if kept == num_rows:
         return [Chunk(0, kept)] if kept else []
     others = num_rows - kept
-    size = -(-others // -(-others // row_cap))
+    most = row_cap * (7 * expert_size + hidden_size) // (3 * expert_size + hidden_size)
+    size = -(-others // -(-others // most))
     return [Chunk(0, kept), *(Chunk(first, min(size, num_rows - first)) for first in range(kept, num_rows, size))]

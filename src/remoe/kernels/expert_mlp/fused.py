@@ -94,16 +94,16 @@ def forward(
     """See remoe::expert_mlp. Keeps the pre-activations of the first chunk of rows [N, 2F]."""
     call = _call(weights_TE, down_proj, lists, row_cap, quack)
     kept_N2F = hidden_TH.new_empty((kept_rows(call.num_rows, row_cap), gate_up_proj.shape[1]))
-    out_TH = _empty_sums(call, hidden_TH)
+    out_TH, sums_TH = _out_and_sums(call, hidden_TH)
     for chunk in call.each_chunk():
-        up_N2F = _kept_or_new(kept_N2F, chunk)
+        up_N2F = kept_N2F.new_empty((chunk.size, kept_N2F.shape[1])) if chunk.first else kept_N2F
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
-        _combine(call, chunk, y_NH, out_TH, weighted=True)
+        _combine(call, chunk, y_NH, sums_TH, out_TH, weighted=True)
         del up_N2F, act_NF, y_NH  # else the next chunk's are made beside them
     if call.num_rows == 0:
         out_TH.zero_()
-    return out_TH.to(hidden_TH.dtype), kept_N2F
+    return out_TH, kept_N2F
 
 
 def backward(
@@ -113,20 +113,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See remoe::expert_mlp_backward; with `sums` those of the matrices are added to them and None is returned."""
     call = _call(weights_TE, down_proj, lists, row_cap, quack)
-    matrices, dtype = (gate_up_proj, down_proj), hidden_TH.dtype
+    matrices = gate_up_proj, down_proj
     if call.num_rows == 0:
         zeros = (torch.zeros_like(matrix) for matrix in matrices)
         return torch.zeros_like(hidden_TH), torch.zeros_like(weights_TE), *added(sums, *zeros)
-    grad_x_TH = _empty_sums(call, hidden_TH)
+    grad_x_TH, grad_x_sums_TH = _out_and_sums(call, hidden_TH)
     grad_weights_TE = torch.zeros_like(weights_TE)
     grads: Sums | None = None
     gate_up_sum, down_sum = sums or (None, None)
     if sums is None and not call.is_whole:
         gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
     for chunk in call.each_chunk():
-        up_N2F = _kept_or_new(kept_N2F, chunk)
-        if chunk.first:
-            _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
+        up_N2F = _made_again(call, chunk, hidden_TH, gate_up_proj) if chunk.first else kept_N2F
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
         grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, down_sum)
@@ -136,22 +134,26 @@ def backward(
         del x
         grads = grad_gate_up, grad_down
         grad_x_NH = _rows_matmul(call, chunk, grad_up_N2F, gate_up_proj, call.choices.grad_x, transposed=False)
-        _combine(call, chunk, grad_x_NH, grad_x_TH, weighted=False)
+        _combine(call, chunk, grad_x_NH, grad_x_sums_TH, grad_x_TH, weighted=False)
         del up_N2F, grad_up_N2F, grad_x_NH  # as in the forward pass
     if sums is not None:
-        return grad_x_TH.to(dtype), grad_weights_TE, None, None
+        return grad_x_TH, grad_weights_TE, None, None
     assert grads is not None, "there is a chunk"
-    return grad_x_TH.to(dtype), grad_weights_TE, grads[0].to(dtype), grads[1].to(dtype)
+    return grad_x_TH, grad_weights_TE, grads[0].to(down_proj.dtype), grads[1].to(down_proj.dtype)
 
 
-def _empty_sums(call: Call, hidden_TH: Tensor) -> Tensor:
-    """Where `_combine` leaves its sums: fp32 where chunks add to them."""
-    return torch.empty_like(hidden_TH, dtype=hidden_TH.dtype if call.is_whole else torch.float32)
+def _out_and_sums(call: Call, hidden_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where `_combine` leaves its sums, and in fp32 what those of chunks before the last are."""
+    return torch.empty_like(hidden_TH), None if call.is_whole else torch.empty_like(hidden_TH, dtype=torch.float32)
 
 
-def _kept_or_new(kept_N2F: Tensor, chunk: Chunk) -> Tensor:
-    """Where a chunk's pre-activations are: those of the first are kept."""
-    return kept_N2F.new_empty((chunk.size, kept_N2F.shape[1])) if chunk.first else kept_N2F
+def _made_again(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor) -> Tensor:
+    """The pre-activations [N, 2F] of a chunk that were not kept, never interleaved.
+
+    A product with as many numbers to add up as the gradient of the activations, and run as that one.
+    """
+    x = _Source(call, chunk, hidden_TH)
+    return _rows_matmul(call, chunk, x, gate_up_proj, call.choices.grad_act, transposed=True)
 
 
 def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, quack: Quack) -> Call:
@@ -160,7 +162,7 @@ def _call(weights_TE: Tensor, down_proj: Tensor, lists: Lists, row_cap: int, qua
     widest, num_rows = max(2 * expert_size, hidden_size), lists[0].shape[0]
     fits_quack = widest * max(num_rows, weights_TE.shape[0], num_experts * hidden_size) < _QUACKS_LARGEST
     choices = choose(sizes, down_proj.dtype, quack if fits_quack else "never")
-    chunks = chunks_of(num_rows, row_cap)
+    chunks = chunks_of(num_rows, row_cap, hidden_size, expert_size)
     return Call(lists, weights_TE.contiguous(), choices, num_experts, hidden_size, expert_size, chunks)
 
 
@@ -248,12 +250,13 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the pre-activations and gate * act; writes the chunk's gate gradients."""
     act_NF = _rows_matmul(call, chunk, grad_y, down_proj, call.choices.grad_act, transposed=False)
-    grad_up_N2F = torch.empty_like(up_N2F)
+    grad_up_N2F = up_N2F if chunk.first else torch.empty_like(up_N2F)  # what was made again is nobody else's
     block_f = min(1024, triton.next_power_of_2(call.expert_size))
     block_r = max(1, 2048 // block_f)
+    is_interleaved = call.choices.interleaves and chunk.first == 0
     rows.swiglu_bwd_kernel[(triton.cdiv(chunk.size, block_r),)](
         act_NF, up_N2F, grad_up_N2F, call.weights_TE, call.pair(chunk), grad_weights_TE, call.end, call.expert_size,
-        chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f, INTERLEAVED=call.choices.interleaves,
+        chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f, INTERLEAVED=is_interleaved,
     )  # fmt: skip
     return grad_up_N2F, act_NF
 
@@ -376,12 +379,15 @@ def _gather(call: Call, chunk: Chunk, x_TH: Tensor) -> Tensor:
     return out
 
 
-def _combine(call: Call, chunk: Chunk, rows_NH: Tensor, out_TH: Tensor, *, weighted: bool) -> None:
-    """Write tokens' sums over the first chunk's rows, or add those over another's."""
+def _combine(
+    call: Call, chunk: Chunk, rows_NH: Tensor, sums_TH: Tensor | None, out_TH: Tensor, *, weighted: bool
+) -> None:  # fmt: skip
+    """Add up tokens' rows: of chunks before the last in `sums_TH`, of all in `out_TH`."""
     _, _, row_N, _, token_offsets = call.lists
     num_tokens = out_TH.shape[0]
     blocks = rows.combine_blocks(call.num_rows, num_tokens, call.hidden_size)
     rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, blocks["BLOCK_H"]))](
-        rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), out_TH, call.hidden_size,
-        chunk.first, chunk.size, WEIGHTED=weighted, ADD=chunk.first > 0, **blocks,
+        rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), sums_TH,
+        out_TH if chunk == call.chunks[-1] else sums_TH, call.hidden_size, chunk.first, chunk.size,
+        WEIGHTED=weighted, ADD=chunk.first > 0, **blocks,
     )  # fmt: skip

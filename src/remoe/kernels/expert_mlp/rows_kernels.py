@@ -56,10 +56,10 @@ def gather_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, row_ptr, offsets_ptr, weights_ptr, pair_ptr, out_ptr, H, first_row, num_rows,
+    rows_ptr, row_ptr, offsets_ptr, weights_ptr, pair_ptr, sums_ptr, out_ptr, H, first_row, num_rows,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = (out[t] +) the sum of the token's rows in the chunk, weighted or not, in fp32 and in their order."""
+    """out[t] = (sums[t] +) the sum of the token's rows in the chunk, weighted or not, in fp32 and in their order."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     begin, end = tl.load(offsets_ptr + token), tl.load(offsets_ptr + token + 1)
@@ -74,10 +74,10 @@ def combine_kernel(
             pair = tl.load(pair_ptr + row, mask=is_row, other=0)
             part *= tl.load(weights_ptr + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
         sum_H += tl.sum(part, axis=0)
-    out = out_ptr + token * H + h
+    at = token * H + h
     if ADD:
-        sum_H += tl.load(out, mask=h < H, other=0.0).to(tl.float32)
-    tl.store(out, sum_H.to(out_ptr.dtype.element_ty), mask=h < H)
+        sum_H += tl.load(sums_ptr + at, mask=h < H, other=0.0)
+    tl.store(out_ptr + at, sum_H.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
 def combine_blocks(num_rows: int, num_tokens: int, hidden_size: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ def combine_rows_triton(rows_NH: Tensor, row_N: Tensor, token_offsets: Tensor) -
         return out_TH.zero_()
     blocks = combine_blocks(num_rows, num_tokens, hidden_size)
     combine_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BLOCK_H"]))](
-        rows_NH, row_N, token_offsets, rows_NH, row_N, out_TH, hidden_size, 0, num_rows,
+        rows_NH, row_N, token_offsets, rows_NH, row_N, None, out_TH, hidden_size, 0, num_rows,
         WEIGHTED=False, ADD=False, **blocks,
     )  # fmt: skip
     return out_TH
