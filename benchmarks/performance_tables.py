@@ -242,6 +242,22 @@ def _ratio_rows(row: Row) -> list[list[str]]:
     return [[row["model"], *cells] for cells in found]
 
 
+def stages(results: dict[str, Any]) -> str:
+    """`stages.py`: what Stages I and II add to a run, as long as the paper's, or as recorded ones went."""
+    header = ("model", "a dense step, in steady ones", "110 dense steps of 60k", "as in recorded runs", "target")
+    rows = [
+        [
+            row["model"],
+            f"{row['start_step']:.2f}",
+            f"{row['at_most']:.2%}",
+            f"{row['runs_least']:.2%} to {row['runs_most']:.2%}",
+            "≤ 0.4 %",
+        ]
+        for row in results["rows"]
+    ]
+    return _markdown(header, rows)
+
+
 def layouts(results: dict[str, Any]) -> str:
     """Training on one GPU or several, beside as many times one of them; without the columns that say nothing."""
     alone = {row["router"]: row["tokens_per_second"] for row in results["rows"] if row["ranks"] == 1}
@@ -388,6 +404,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "figures": figures,
     "model": model,
     "ratios": ratios,
+    "stages": stages,
     "layouts": layouts,
     "decode": decode,
     "kernels": kernels,

@@ -1,0 +1,69 @@
+"""What Stages I and II of ReLU routing add to a run of 60k steps: measured speeds, over the densities of recorded runs.
+
+    python benchmarks/stages.py results/gpu/model_*.json [--runs results] [--output results/gpu/stages.json]
+
+A step's time is taken as linear in the experts that are on, through two that `remoe bench model` measured: the dense
+start's and the steady state's. A recorded run (a folder with config.yaml and metrics.jsonl) gives the experts that were
+on at each step until its sparsity first reached its target: so many steps like the dense start are what they add up to.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from remoe.bench.model import RUN_STEPS, STAGE_STEPS
+from remoe.training import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help="what `remoe bench model --json FILE` wrote")
+    parser.add_argument("--runs", type=Path, default=Path("results"), help="where recorded runs lie, in any folder")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    text = json.dumps(stages(options.models, options.runs), indent=1)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+def stages(models: Iterable[Path], folder: Path) -> dict[str, Any]:
+    """Recorded runs, and what their Stages I and II would add to a run of each model."""
+    runs = list(stages_of_runs(folder))
+    return {"runs": runs, "rows": extra_times(models, runs)}
+
+
+def stages_of_runs(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each run's steps of Stages I and II, and as how many of half of all experts they count above the steady state."""
+    for path in sorted(path.parent for path in folder.rglob("metrics.jsonl")):
+        run = Run.open(path)
+        moe, rows = run.config.model.moe, [row for row in run.metrics() if row.get("sparsity") is not None]
+        if moe.router_name != "relu" or not rows:
+            continue
+        density = moe.routed_top_k / moe.routed_experts
+        above = [1 - row["sparsity"] - density for row in rows]
+        steps = next((step for step, more in enumerate(above) if more <= 0), None)
+        if steps is not None and len(above) == rows[-1]["step"]:  # each step is logged
+            dense_steps = sum(above[:steps]) / (0.5 - density)
+            yield {"run": str(path.relative_to(folder)), "steps": steps, "dense_steps": round(dense_steps, 1)}
+
+
+def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each model with both phases, in one file or in two: shares of a run's time, as the paper's and as the runs went."""
+    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    steps = {(row["model"], row["phase"]): row["step_ms"] for row in rows if row.get("candidate") == "relu"}
+    dense_steps = [run["dense_steps"] for run in runs]
+    found = []
+    for (model, phase), steady in steps.items():
+        if phase == "steady" and (model, "start") in steps:
+            start_step = steps[model, "start"] / steady
+            counts = {"at_most": STAGE_STEPS, "runs_least": min(dense_steps), "runs_most": max(dense_steps)}
+            extra = {name: (start_step - 1) * count / RUN_STEPS for name, count in counts.items()}
+            found.append({"model": model, "start_step": start_step, **extra})
+    return found
+
+
+if __name__ == "__main__":
+    main()
