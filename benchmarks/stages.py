@@ -51,7 +51,7 @@ def stages_of_runs(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each model with both phases, in one file or in two: shares of a run's time, as the paper's and as the runs went."""
+    """Of each model with both phases, in one file or in two: what they add to a run by each count of steps."""
     rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     steps = {(row["model"], row["phase"]): row["step_ms"] for row in rows if row.get("candidate") == "relu"}
     dense_steps = [run["dense_steps"] for run in runs]
