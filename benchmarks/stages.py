@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from remoe.bench.model import RUN_STEPS, STAGE_STEPS
+from remoe.bench.model import STAGE_STEPS, extra_time
+from remoe.errors import ConfigError
 from remoe.training import Run
 
 
@@ -32,26 +33,37 @@ def main() -> None:
 def stages(models: Iterable[Path], folder: Path) -> dict[str, Any]:
     """Recorded runs, and what their Stages I and II would add to a run of each model."""
     runs = list(stages_of_runs(folder))
+    if not runs:
+        raise ConfigError(f"no run of the ReLU router under {folder} logged each step until its target; give --runs")
     return {"runs": runs, "rows": extra_times(models, runs)}
 
 
 def stages_of_runs(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each run's steps of Stages I and II, and as how many of half of all experts they count above the steady state."""
+    """Each run's steps of Stages I and II, as how many of half of all experts they count above the steady state, and
+    the most experts that were on, of all steps and from the 50th. Runs that did not log each step are left out.
+    """
     for path in sorted(path.parent for path in folder.rglob("metrics.jsonl")):
         run = Run.open(path)
         moe, rows = run.config.model.moe, [row for row in run.metrics() if row.get("sparsity") is not None]
-        if moe.router_name != "relu" or not rows:
+        if moe.router_name != "relu" or not rows or len(rows) != rows[-1]["step"]:
             continue
         density = moe.routed_top_k / moe.routed_experts
         above = [1 - row["sparsity"] - density for row in rows]
         steps = next((step for step, more in enumerate(above) if more <= 0), None)
-        if steps is not None and len(above) == rows[-1]["step"]:  # each step is logged
-            dense_steps = sum(above[:steps]) / (0.5 - density)
-            yield {"run": str(path.relative_to(folder)), "steps": steps, "dense_steps": round(dense_steps, 1)}
+        if steps is not None:
+            yield {
+                "run": str(path.relative_to(folder)),
+                "steps": steps,
+                "dense_steps": round(sum(above[:steps]) / (0.5 - density), 1),
+                "most_experts": round(moe.routed_experts * (density + max(above)), 1),
+                "most_experts_from_50": round(moe.routed_experts * (density + max(above[49:], default=0)), 1),
+            }
 
 
 def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each model with both phases, in one file or in two: what they add to a run by each count of steps."""
+    """What Stages I and II add to a run of each model by each count of steps. Its two phases may be in two files; of a
+    phase that is in several the last counts.
+    """
     rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     steps = {(row["model"], row["phase"]): row["step_ms"] for row in rows if row.get("candidate") == "relu"}
     dense_steps = [run["dense_steps"] for run in runs]
@@ -59,8 +71,8 @@ def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[
     for (model, phase), steady in steps.items():
         if phase == "steady" and (model, "start") in steps:
             start_step = steps[model, "start"] / steady
-            counts = {"at_most": STAGE_STEPS, "runs_least": min(dense_steps), "runs_most": max(dense_steps)}
-            extra = {name: (start_step - 1) * count / RUN_STEPS for name, count in counts.items()}
+            counts = {"paper": STAGE_STEPS, "runs_least": min(dense_steps), "runs_most": max(dense_steps)}
+            extra = {name: extra_time(start_step, count) for name, count in counts.items()}
             found.append({"model": model, "start_step": start_step, **extra})
     return found
 

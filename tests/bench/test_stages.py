@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from remoe.errors import ConfigError
+
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("stages", ROOT / "benchmarks" / "stages.py")
 stages = importlib.util.module_from_spec(spec)
@@ -30,15 +32,23 @@ def test_steps_until_the_target_count_by_the_experts_that_were_on(tmp_path: Path
     for name, row in (("a.json", {"phase": "start", "step_ms": 300}), ("b.json", {"phase": "steady", "step_ms": 100})):
         (tmp_path / name).write_text(json.dumps({"rows": [MODEL | row, {"kind": "ratio"}]}))
     found = stages.stages([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)
-    assert found["runs"] == [{"run": "runs/relu-seed0", "steps": 3, "dense_steps": 2.5}], "half of 8, for 1 + 1 + 0.5"
+    (run,) = found["runs"]
+    assert (run["run"], run["steps"]) == ("runs/relu-seed0", 3)
+    assert run["dense_steps"] == 2.5, "half of 8 experts, for 1 + 1 + 0.5 steps"
+    assert (run["most_experts"], run["most_experts_from_50"]) == (4.0, 1.0)
     (row,) = found["rows"]
     assert row == {
         "model": "one",
         "start_step": 3,
-        "at_most": pytest.approx(2 * 110 / 60_000),
+        "paper": pytest.approx(2 * 110 / 60_000),
         "runs_least": pytest.approx(2 * 2.5 / 60_000),
         "runs_most": pytest.approx(2 * 2.5 / 60_000),
     }
+
+
+def test_no_recorded_run_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no run of the ReLU router under .* logged each step"):
+        stages.stages([], tmp_path)
 
 
 def test_the_file_is_what_the_results_give():

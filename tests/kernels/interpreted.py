@@ -95,7 +95,7 @@ def rows_of_past_chunks():
         def call(*arguments, **settings):
             result = function(*arguments, **settings)
             rows = result if isinstance(result, tuple) else (result,)
-            if name == "_swiglu" and arguments[1].first:  # the first chunk's pre-activations are kept
+            if name == "_swiglu" and not arguments[1].is_kept:
                 rows = *rows, arguments[-1]
             made.extend(weakref.ref(one) for one in rows)
             return result
@@ -112,6 +112,21 @@ def rows_of_past_chunks():
     with mock.patch.multiple(fused, **producers), mock.patch.object(fused.Call, "each_chunk", each_chunk_watched):
         largest_error(SHAPES[-1], 0.2, torch.float32, ROWS["chunked"], partial(passes, fused))
     return held
+
+
+def gradients_in_place():
+    """Whether the gradient of pre-activations took their place, of chunks that are kept and of others."""
+    found = {"kept": set(), "others": set()}
+    backward = fused._swiglu_backward
+
+    def watched(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE):
+        grad_up_N2F, act_NF = backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
+        found["kept" if chunk.is_kept else "others"].add(grad_up_N2F is up_N2F)
+        return grad_up_N2F, act_NF
+
+    with mock.patch.object(fused, "_swiglu_backward", watched):
+        largest_error(SHAPES[-1], 0.2, torch.float32, ROWS["chunked"], partial(passes, fused))
+    return {chunks: sorted(values) for chunks, values in found.items()}
 
 
 def lists_agree(tokens, experts, density):
@@ -187,7 +202,7 @@ def main():
         for rows, size, dtype in itertools.product((1, 9), (8, 48), (torch.float32, torch.float16))
     }
     found = {"errors": errors, "lists": lists, "combined": combined, "routers": routers, "interleaved": interleaved}
-    found["past rows"] = rows_of_past_chunks()
+    found["past rows"], found["in place"] = rows_of_past_chunks(), gradients_in_place()
     print(json.dumps(found))
 
 

@@ -35,6 +35,10 @@ def test_a_chunks_rows_are_gone_before_the_next_ones_are_made(found):
     assert not any(found["past rows"])
 
 
+def test_the_gradient_of_pre_activations_made_again_takes_their_place_and_of_kept_ones_never(found):
+    assert found["in place"] == {"kept": [False], "others": [True]}
+
+
 def test_sums_of_rows_that_lie_anywhere_are_those_of_the_plain_path(found):
     assert len(found["combined"]) == 15
     assert max(found["combined"].values()) < 1e-5

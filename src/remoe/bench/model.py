@@ -289,11 +289,16 @@ def _ratios(start: Row | None, relu: Row, topk: Row) -> Row:
     if start is None:
         return row
     row["start_step"] = start["step_ms"] / relu["step_ms"]
-    row["stages_extra_time"] = max(0.0, row["start_step"] - 1) * STAGE_STEPS / RUN_STEPS
+    row["stages_extra_time"] = extra_time(row["start_step"])
     if relu["peak_bytes"] is not None:
         row["start_peak"] = start["peak_bytes"] / relu["peak_bytes"]
         row["start_peak_over_topk"] = start["peak_bytes"] / topk["peak_bytes"]
     return row
+
+
+def extra_time(start_step: float, steps: float = STAGE_STEPS) -> float:
+    """The share that so many steps like the first, which takes `start_step` steady ones, add to a run."""
+    return max(0.0, start_step - 1) * steps / RUN_STEPS
 
 
 def _relu(config: TrainConfig) -> Any:

@@ -307,7 +307,10 @@ def _routing_bytes(config: ReMoEConfig) -> int:
 
 
 def _row_bytes(config: ReMoEConfig, workload: Workload, active_experts: int) -> int:
-    """A token's share of one layer's backward pass: gathered rows and gradients, which come and go."""
+    """A token's share of one layer's backward pass: gathered rows and gradients, which come and go.
+
+    All of the plain path's; GPUs' kernels hold 3F + H numbers of a row at a time.
+    """
     moe = config.moe
     combined = 4 * moe.hidden_size if workload.precision == "bf16" else 0
     row = workload.compute_bytes * (3 * moe.hidden_size + 3 * moe.expert_size) + combined

@@ -25,7 +25,7 @@ def expert_mlp(
     backward pass needs and nothing else. Same bits each run.
 
     `backend` is one of backends.NAMES. With more rows than `row_cap` (0: no cap) the fused path works them off in
-    chunks and keeps the first: its memory does not grow with the rows, its backward pass computes the others again.
+    chunks and keeps the first: its memory is bounded, its backward pass computes the others again.
 
     With `gate_up_sum` and `down_sum`, fp32 and shaped as the matrices, the backward pass adds the gradients of the
     matrices to them, and autograd gets none: gradient accumulation in bf16 training needs no other pass over all

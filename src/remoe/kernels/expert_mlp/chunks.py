@@ -9,6 +9,11 @@ class Chunk(NamedTuple):
     first: int
     size: int
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the pre-activations are kept: those of the first chunk are."""
+        return self.first == 0
+
 
 def kept_rows(num_rows: int, row_cap: int) -> int:
     """Rows whose pre-activations are kept: all, or with more than `row_cap` (0: no cap) 3/4 of it.
@@ -22,8 +27,8 @@ def chunks_of(num_rows: int, row_cap: int, hidden_size: int, expert_size: int) -
     """The rows that are kept, and the others in as few equal pieces as may take memory.
 
     A row takes 3F + H numbers while it is worked off: pre-activations, which their gradient replaces, activations, and
-    what is added up for its token. A piece may take as many as `row_cap` rows of 7F + H: with F = 4H and k = 1 of 8 all
-    that is not kept at the dense start, which opens four experts a token.
+    a row to gather from or to add up for its token. A piece may take as many as `row_cap` rows of 7F + H. That is a
+    choice: with F = 4H and k = 1 of 8 one piece is all that is not kept of 4.4 rows a token. The dense start has four.
     """
     kept = kept_rows(num_rows, row_cap)
     if kept == num_rows:

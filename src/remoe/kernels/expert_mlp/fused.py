@@ -41,7 +41,7 @@ class Call:
     hidden_size: int
     expert_size: int
     chunks: list[Chunk]
-    """Pre-activations of the first are kept."""
+    """Those that are kept, then the others."""
     tile_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Made so far, by first row of the chunk and rows of a tile."""
     starts: dict[int, Tensor] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def forward(
     kept_N2F = hidden_TH.new_empty((kept_rows(call.num_rows, row_cap), gate_up_proj.shape[1]))
     out_TH, sums_TH = _out_and_sums(call, hidden_TH)
     for chunk in call.each_chunk():
-        up_N2F = kept_N2F.new_empty((chunk.size, kept_N2F.shape[1])) if chunk.first else kept_N2F
+        up_N2F = kept_N2F if chunk.is_kept else kept_N2F.new_empty((chunk.size, kept_N2F.shape[1]))
         act_NF = _swiglu(call, chunk, hidden_TH, gate_up_proj, up_N2F)
         y_NH = _rows_matmul(call, chunk, act_NF, down_proj, call.choices.down, transposed=True)
         _combine(call, chunk, y_NH, sums_TH, out_TH, weighted=True)
@@ -124,7 +124,7 @@ def backward(
     if sums is None and not call.is_whole:
         gate_up_sum, down_sum = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
     for chunk in call.each_chunk():
-        up_N2F = _made_again(call, chunk, hidden_TH, gate_up_proj) if chunk.first else kept_N2F
+        up_N2F = kept_N2F if chunk.is_kept else _made_again(call, chunk, hidden_TH, gate_up_proj)
         grad_y = _Source(call, chunk, grad_out_TH)
         grad_up_N2F, act_NF = _swiglu_backward(call, chunk, grad_y, down_proj, up_N2F, grad_weights_TE)
         grad_down = _weight_grad(call, chunk, grad_y, act_NF, call.choices.grad_down, down_sum)
@@ -150,7 +150,7 @@ def _out_and_sums(call: Call, hidden_TH: Tensor) -> tuple[Tensor, Tensor | None]
 def _made_again(call: Call, chunk: Chunk, hidden_TH: Tensor, gate_up_proj: Tensor) -> Tensor:
     """The pre-activations [N, 2F] of a chunk that were not kept, never interleaved.
 
-    A product with as many numbers to add up as the gradient of the activations, and run as that one.
+    Run as the gradient of the activations is: both multiply rows of H, which may be gathered.
     """
     x = _Source(call, chunk, hidden_TH)
     return _rows_matmul(call, chunk, x, gate_up_proj, call.choices.grad_act, transposed=True)
@@ -250,10 +250,10 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the pre-activations and gate * act; writes the chunk's gate gradients."""
     act_NF = _rows_matmul(call, chunk, grad_y, down_proj, call.choices.grad_act, transposed=False)
-    grad_up_N2F = up_N2F if chunk.first else torch.empty_like(up_N2F)  # what was made again is nobody else's
+    grad_up_N2F = torch.empty_like(up_N2F) if chunk.is_kept else up_N2F  # what was made again is nobody else's
     block_f = min(1024, triton.next_power_of_2(call.expert_size))
     block_r = max(1, 2048 // block_f)
-    is_interleaved = call.choices.interleaves and chunk.first == 0
+    is_interleaved = call.choices.interleaves and chunk.is_kept
     rows.swiglu_bwd_kernel[(triton.cdiv(chunk.size, block_r),)](
         act_NF, up_N2F, grad_up_N2F, call.weights_TE, call.pair(chunk), grad_weights_TE, call.end, call.expert_size,
         chunk.first, chunk.size, BLOCK_R=block_r, BLOCK_F=block_f, INTERLEAVED=is_interleaved,
@@ -389,5 +389,5 @@ def _combine(
     rows.combine_kernel[(num_tokens, triton.cdiv(call.hidden_size, blocks["BLOCK_H"]))](
         rows_NH, row_N, token_offsets, call.weights_TE, call.pair(chunk), sums_TH,
         out_TH if chunk == call.chunks[-1] else sums_TH, call.hidden_size, chunk.first, chunk.size,
-        WEIGHTED=weighted, ADD=chunk.first > 0, **blocks,
+        WEIGHTED=weighted, ADD=not chunk.is_kept, **blocks,
     )  # fmt: skip

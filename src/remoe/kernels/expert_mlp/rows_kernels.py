@@ -94,7 +94,8 @@ def swiglu_bwd_kernel(
     """From dA [N, F], before the gate: the gradient of the pre-activations [N, 2F], the gates', and gate * act.
 
     The gate's gradient is <dA, act> with act computed again, so that the experts' output is never kept. gate * act
-    takes the place of dA. Pre-activations may be INTERLEAVED, gate and up of each number; their gradient never is.
+    takes the place of dA. Pre-activations may be INTERLEAVED, gate and up of each number; their gradient never is, and
+    may take their place where they are not.
     """
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     end = tl.minimum(tl.load(end_ptr) - first_row, num_rows)
