@@ -9,16 +9,19 @@ on at each step until its sparsity first reached its target: so many steps like 
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from remoe.bench.model import STAGE_STEPS, extra_time
+from remoe.cli.failures import exit_code_of
 from remoe.errors import ConfigError
 from remoe.training import Run
 
 
 def main() -> None:
+    """Print them, and write them where wanted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="what `remoe bench model --json FILE` wrote")
     parser.add_argument("--runs", type=Path, default=Path("results"), help="where recorded runs lie, in any folder")
@@ -64,7 +67,7 @@ def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[
     """What Stages I and II add to a run of each model by each count of steps. Its two phases may be in two files; of a
     phase that is in several the last counts.
     """
-    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    rows = [row for path in paths for row in _rows(path)]
     steps = {(row["model"], row["phase"]): row["step_ms"] for row in rows if row.get("candidate") == "relu"}
     dense_steps = [run["dense_steps"] for run in runs]
     found = []
@@ -74,8 +77,20 @@ def extra_times(paths: Iterable[Path], runs: list[dict[str, Any]]) -> list[dict[
             counts = {"paper": STAGE_STEPS, "runs_least": min(dense_steps), "runs_most": max(dense_steps)}
             extra = {name: extra_time(start_step, count) for name, count in counts.items()}
             found.append({"model": model, "start_step": start_step, **extra})
+    if not found:
+        raise ConfigError("no model has both phases, start and steady, of the ReLU router; give all its files")
     return found
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["benchmark"] == "model":
+            return content["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} is not what `remoe bench model --json FILE` writes")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -30,7 +30,7 @@ def test_steps_until_the_target_count_by_the_experts_that_were_on(tmp_path: Path
     recorded(tmp_path / "never", [0.5, 0.5])
     recorded(tmp_path / "gaps", [0.5, None, 0.9])
     for name, row in (("a.json", {"phase": "start", "step_ms": 300}), ("b.json", {"phase": "steady", "step_ms": 100})):
-        (tmp_path / name).write_text(json.dumps({"rows": [MODEL | row, {"kind": "ratio"}]}))
+        (tmp_path / name).write_text(json.dumps({"benchmark": "model", "rows": [MODEL | row, {"kind": "ratio"}]}))
     found = stages.stages([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)
     (run,) = found["runs"]
     assert (run["run"], run["steps"]) == ("runs/relu-seed0", 3)
@@ -46,9 +46,17 @@ def test_steps_until_the_target_count_by_the_experts_that_were_on(tmp_path: Path
     }
 
 
-def test_no_recorded_run_is_a_clear_error(tmp_path: Path):
+def test_what_is_missing_is_a_clear_error(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no run of the ReLU router under .* logged each step"):
         stages.stages([], tmp_path)
+    recorded(tmp_path / "relu-seed0", [0.5, 0.9])
+    with pytest.raises(ConfigError, match="no model has both phases, start and steady"):
+        stages.stages([], tmp_path)
+    (tmp_path / "layer.json").write_text('{"benchmark": "layer", "rows": []}')
+    (tmp_path / "text.json").write_text("no JSON")
+    for name in ("layer.json", "text.json", "missing.json"):
+        with pytest.raises(ConfigError, match=rf"{name} is not what `remoe bench model --json FILE` writes"):
+            stages.stages([tmp_path / name], tmp_path)
 
 
 def test_the_file_is_what_the_results_give():

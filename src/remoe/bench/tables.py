@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remoe.bench.clock import GIB
+from remoe.bench.model import RUN_STEPS
 from remoe.bench.results import Results, Row
 
 _WIDTH = 200
@@ -73,7 +74,7 @@ def _ratio_line(row: Row) -> str:
         return line
     line += (
         f"; a dense first step takes {row['start_step']:.2f} steady ones, so Stages I and II add at most "
-        f"{row['stages_extra_time']:.2%} to a run"
+        f"{row['stages_extra_time']:.2%} to a run of {RUN_STEPS:,} steps"
     )
     if "start_peak" not in row:
         return line

@@ -38,7 +38,7 @@ def layer_command(
     config = LayerBench(
         shapes=shapes_named(words(shapes), where.type),
         peers=chosen("--peers", words(peers), PEERS),
-        ours=chosen("--ours", words(ours), columns.COLUMNS) or columns.default_columns(where),
+        ours=chosen("--ours", words(ours), columns.COLUMNS, or_none=False) if ours else columns.default_columns(where),
         device=where,
         dtype=dtype_named(dtype, where),
         deadline_seconds=deadline,
