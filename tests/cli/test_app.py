@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import remoe
-from remoe.cli.failures import exit_code_of, spread_overrides
+from remoe.cli.failures import FOR_THE_FIRST, exit_code_of, spread_overrides
 from remoe.errors import DataError, TrainingError
 
 COMMANDS = (
@@ -89,6 +89,18 @@ def test_exit_code_is_the_errors_own(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["remoe: the text is empty", "remoe: no finite loss"]
     assert lines[2] == "remoe: runs/x: No space left on device; name a place that can be written, with room"
+
+
+def test_a_process_beside_the_first_ends_in_silence_once_that_one_could_speak(capsys, monkeypatch):
+    def fail():
+        raise DataError("the text is empty")
+
+    waits = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("remoe.cli.failures.time.sleep", waits.append)
+    assert exit_code_of(fail) == 2
+    assert waits == [FOR_THE_FIRST]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_that_may_not_be_read_is_not_told_as_one_to_write(capsys, tmp_path, monkeypatch):

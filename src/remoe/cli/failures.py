@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from remoe.errors import NoRoomError, OneRankError, OutOfMemoryError, RemoeError
 # typer brings its own copy of click or uses the installed one, depending on its version
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 INTERRUPTED = 128 + signal.SIGINT
+FOR_THE_FIRST = 5.0
+"""Seconds that a process of several waits before it ends in silence: torchrun then stops the one that speaks, too."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST)
 MUST_BE = {
@@ -40,8 +43,10 @@ def exit_code_of(command: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RemoeError as error:
-        speaks = is_first() or isinstance(error, OneRankError)
-        return _say(str(error), error.exit_code) if speaks else error.exit_code
+        if is_first() or isinstance(error, OneRankError):
+            return _say(str(error), error.exit_code)
+        time.sleep(FOR_THE_FIRST)
+        return error.exit_code
     except ClickException as error:
         return _usage(error)
     except (RuntimeError, MemoryError) as error:
