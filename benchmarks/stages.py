@@ -14,10 +14,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from remoe.analysis.figures.stages import boundaries
+from remoe.analysis.metrics import Metrics
 from remoe.bench.model import STAGE_STEPS, extra_time
 from remoe.cli.failures import exit_code_of
 from remoe.errors import ConfigError
 from remoe.training import Run
+
+_KEYS = ("step", "sparsity", "sparsity_coef", "sparsity_l1", "lm_loss")
 
 
 def main() -> None:
@@ -47,19 +51,20 @@ def stages_of_runs(folder: Path) -> Iterator[dict[str, Any]]:
     """
     for path in sorted(path.parent for path in folder.rglob("metrics.jsonl")):
         run = Run.open(path)
-        moe, rows = run.config.model.moe, [row for row in run.metrics() if row.get("sparsity") is not None]
-        if moe.router_name != "relu" or not rows or len(rows) != rows[-1]["step"]:
+        moe = run.config.model.moe
+        steps, sparsity, coef, l1, lm_loss = Metrics(run.metrics()).series(*_KEYS)
+        if moe.router_name != "relu" or not len(steps) or len(steps) != steps[-1]:
             continue
         density = moe.routed_top_k / moe.routed_experts
-        above = [1 - row["sparsity"] - density for row in rows]
-        steps = next((step for step, more in enumerate(above) if more <= 0), None)
-        if steps is not None:
+        _, on_target = boundaries(steps, sparsity, coef * l1, lm_loss, 1 - density)
+        if on_target is not None:
+            above = 1 - sparsity - density
             yield {
                 "run": str(path.relative_to(folder)),
-                "steps": steps,
-                "dense_steps": round(sum(above[:steps]) / (0.5 - density), 1),
-                "most_experts": round(moe.routed_experts * (density + max(above)), 1),
-                "most_experts_from_50": round(moe.routed_experts * (density + max(above[49:], default=0)), 1),
+                "steps": on_target - 1,
+                "dense_steps": round(float(above[: on_target - 1].sum()) / (0.5 - density), 1),
+                "most_experts": round(moe.routed_experts * (density + float(above.max())), 1),
+                "most_experts_from_50": round(moe.routed_experts * (density + float(above[49:].max(initial=0))), 1),
             }
 
 

@@ -20,7 +20,8 @@ def recorded(folder: Path, sparsity: list[float | None], router: str = "relu") -
     folder.mkdir(parents=True)
     config = (ROOT / "results" / "pile6" / "relu-seed0" / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("router: relu", f"router: {router}"))
-    rows = [{"step": step, "tokens": step, "sparsity": value} for step, value in enumerate(sparsity, 1)]
+    losses = {"sparsity_coef": 1e-8, "sparsity_l1": 1.0, "lm_loss": 2.0}
+    rows = [{"step": step, "tokens": step, "sparsity": value} | losses for step, value in enumerate(sparsity, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
